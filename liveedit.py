@@ -1,0 +1,726 @@
+"""LiveEdit: lifelong knowledge editing of a frozen Hugging Face vision-language model, by forward hooks.
+
+    model = AutoModelForImageTextToText.from_pretrained("tiny-llava")
+    processor = AutoProcessor.from_pretrained("tiny-llava")
+    editor = LiveEdit.from_pretrained(model, processor, "output/editor")   # a trained editor; attaches its hooks
+    edit = editor.edit(image, "What shape is this?", "heart")
+    inputs = editor.encode(image, "Which shape can you see here?")
+    model.generate(**inputs, max_new_tokens=20)                            # edited; plain Hugging Face from here on
+    with editor.disabled():
+        model.generate(**inputs, max_new_tokens=20)                        # the original, bit for bit
+    editor.explain(inputs)                                                 # which edits were kept, and their weights
+    editor.forget(edit.id); editor.reset(); editor.detach()
+
+Copy this file with generator.py and router.py into another codebase; together they edit, train, save and load.
+B rows of a batch, T sequence, D hidden size, N experts, R rank, K slots, M module width.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import weakref
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from generator import ExpertGenerator, apply_experts
+from router import Router, Routing, Rows, hard_filter_loss, soft_router_loss, text_similarity
+
+CONFIG_FILE = "liveedit_config.json"
+IGNORE = -100  # Hugging Face's label of tokens that are no answer
+
+
+@dataclass(frozen=True)
+class LiveEditConfig:
+    """Everything that defines an editor; the defaults are the paper's for 7B models."""
+
+    layer: int | None = None  # edit layer, counted from 0; None: two thirds of the depth (21 of 32)
+    module_dim: int = 1024  # width M of generator and extractors
+    rank: int = 4  # rank R of an expert
+    slots: int = 4  # learned queries K of each routing feature
+    heads: int = 8  # attention heads of generator and extractors
+    sentinel_tokens: int = 576  # rows of the vision sentinel Theta: about the image tokens of one picture
+    similarity: str = "cosine"  # of the visual hard filter: "cosine", or "dot" as in the official code
+    threshold: float | None = None  # fixed threshold of the filter; None: the learned sentinel's similarity
+    gain: float = 1.0  # experts are scaled by gain / sqrt(rank); the official code has 0.2
+
+    def __post_init__(self):
+        for name in ("module_dim", "rank", "slots", "heads", "sentinel_tokens"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"LiveEditConfig.{name} must be a positive integer, not {getattr(self, name)!r}")
+        if self.similarity not in ("cosine", "dot"):
+            raise ValueError(f'LiveEditConfig.similarity must be "cosine" or "dot", not {self.similarity!r}')
+        if self.threshold is not None and self.similarity == "cosine" and not -1 <= self.threshold <= 1:
+            raise ValueError(f"LiveEditConfig.threshold is compared with a cosine and must lie in [-1, 1], not {self.threshold}")
+        if self.gain <= 0:
+            raise ValueError(f"LiveEditConfig.gain must be positive, not {self.gain}")
+
+
+# ------------------------------------------------------------------------------------------------ the model's parts
+
+
+def find_decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
+    """The decoder layers of a Hugging Face vision-language model and the norm behind the last one.
+
+    Raises TypeError with what was found if the model has none.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if not hasattr(decoder, "layers") and hasattr(decoder, "get_decoder"):
+        decoder = decoder.get_decoder()  # BLIP-2's decoder is a whole causal language model
+    layers = getattr(decoder, "layers", None)
+    norm = getattr(decoder, "norm", None) or getattr(decoder, "final_layer_norm", None)
+    if not isinstance(layers, nn.ModuleList) or norm is None:
+        raise TypeError(f"{type(model).__name__} is no vision-language model that LiveEdit can edit: its decoder "
+                        f"({type(decoder).__name__}) has no `layers` with a norm behind them")
+    return layers, norm
+
+
+def hidden_of(output: Tensor | tuple) -> Tensor:
+    """A decoder layer returns its hidden states (B, T, D), or a tuple that begins with them."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+class RowMasks(NamedTuple):
+    """Which rows of the hidden states are what, each (B, T) bool."""
+
+    image: Tensor
+    prompt: Tensor
+    answer: Tensor
+
+
+def row_masks(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, image_token_id: int,
+              special_ids: Tensor) -> RowMasks:
+    """Image rows; prompt rows: the other tokens behind the first image, or, where none follow, all text tokens but the
+    leading special ones; answer rows: where labels are not -100. Answer rows are never prompt rows."""
+    attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    image = (input_ids == image_token_id) & attended
+    answer = torch.zeros_like(image) if labels is None else labels != IGNORE
+    text = attended & ~image & ~answer
+    leading = (torch.isin(input_ids, special_ids) | ~attended).cumprod(1).bool()
+    behind = text & (image.cumsum(1) > 0)
+    return RowMasks(image, torch.where(behind.any(1, keepdim=True), behind, text & ~leading), answer)
+
+
+class _Stop(Exception):
+    """Ends a forward pass at the edit layer, when all that is needed has been read."""
+
+
+class Question(NamedTuple):
+    """A question to the model, with the answer wanted where one is needed."""
+
+    image: Image.Image | None
+    prompt: str
+    target: str | None = None
+
+
+class States(NamedTuple):
+    """What the frozen lower layers make of a batch: all that editing and training need of it.
+
+    hidden (B, T, D) the unedited output of the edit layer; labels (B, T) with -100 outside of the answers;
+    args, kwargs: the other arguments of the edit layer's call, to run the layers above.
+    """
+
+    hidden: Tensor
+    masks: RowMasks
+    labels: Tensor
+    args: tuple
+    kwargs: dict
+
+    def select(self, rows: Tensor) -> "States":
+        """The given rows of the batch."""
+        return self._map([self], lambda parts: parts[0][rows])
+
+    @classmethod
+    def concat(cls, parts: Sequence["States"]) -> "States":
+        """Batches of equal T below one another."""
+        return parts[0] if len(parts) == 1 else cls._map(parts, torch.cat)
+
+    @classmethod
+    def _map(cls, parts: Sequence["States"], change) -> "States":
+        def walk(values):
+            if isinstance(values[0], Tensor):
+                per_row = all(v.dim() > 1 and len(v) == len(p.hidden) for v, p in zip(values, parts))
+                return change(values) if per_row else values[0]
+            if isinstance(values[0], dict):
+                return {key: walk([v[key] for v in values]) for key in values[0]}
+            if isinstance(values[0], tuple):
+                items = [walk(list(v)) for v in zip(*values)]
+                return type(values[0])(*items) if hasattr(values[0], "_fields") else tuple(items)
+            return values[0]
+
+        return cls(*(walk(list(values)) for values in zip(*parts)))
+
+
+# ------------------------------------------------------------------------------------------------ the expert repository
+
+
+@dataclass
+class Edit:
+    """One edit as the repository keeps it; pictures are kept as a digest only."""
+
+    id: int
+    prompt: str
+    target: str
+    image_digest: str
+    time: float  # seconds since the epoch
+    superseded: int | None = None  # id of the older edit of the same fact that this one replaced
+
+    @property
+    def fact(self) -> tuple[str, str]:
+        """Two edits of the same picture and question speak of one fact."""
+        return self.image_digest, " ".join(self.prompt.lower().split())
+
+
+def image_digest(image: Image.Image) -> str:
+    """A digest of size and pixels."""
+    image = image.convert("RGB")
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:32]
+
+
+class ExpertRepository(nn.Module):
+    """E_t = E_{t-1} + {(U, V, phi_hat, psi_hat)}: preallocated and grown by doubling. Superseded experts stay, but inactive."""
+
+    TENSORS = ("U", "V", "visual_keys", "text_keys")
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        super().__init__()
+        for name in self.TENSORS:
+            self.register_buffer(f"_{name}", torch.zeros(0, *shapes[name]), persistent=False)
+        self.register_buffer("_active", torch.zeros(0, dtype=torch.bool), persistent=False)
+        self.edits: list[Edit] = []  # in the order of the slots
+        self.next_id = 1
+        self._slots: dict[int, int] = {}
+        self._facts: dict[tuple[str, str], list[int]] = {}  # ids of the edits of one fact, oldest first
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in (*self.TENSORS, "active"):
+            return super().__getattr__(f"_{name}")[:len(self.edits)]
+        return super().__getattr__(name)
+
+    def add(self, tensors: dict[str, Tensor], edits: list[Edit]) -> None:
+        """Append experts, each tensor (n, ...) for n edits; an older edit of the same fact becomes inactive."""
+        start, end = len(self.edits), len(self.edits) + len(edits)
+        if end > len(self._active):
+            self._grow(max(end, 2 * len(self._active), 16))
+        for name in self.TENSORS:
+            getattr(self, f"_{name}")[start:end] = tensors[name].detach()
+        for slot, edit in enumerate(edits, start=start):
+            self.edits.append(edit)
+            self._slots[edit.id] = slot
+            same = self._facts.setdefault(edit.fact, [])
+            edit.superseded = same[-1] if same else None
+            same.append(edit.id)
+            self._refresh(same)
+            self.next_id = max(self.next_id, edit.id + 1)
+
+    def remove(self, edit_id: int) -> Edit:
+        """Remove one expert; what it had replaced is in force again. Raises KeyError for an unknown id."""
+        if edit_id not in self._slots:
+            raise KeyError(f"there is no edit with id {edit_id!r}; editor.edits() lists those in force")
+        slot, last = self._slots.pop(edit_id), len(self.edits) - 1
+        edit, moved = self.edits[slot], self.edits.pop()
+        same = self._facts[edit.fact]
+        same.remove(edit_id)
+        if slot != last:  # the last expert moves into the gap
+            for name in (*self.TENSORS, "active"):
+                buffer = getattr(self, f"_{name}")
+                buffer[slot] = buffer[last]
+            self.edits[slot] = moved
+            self._slots[moved.id] = slot
+        for older, newer in zip([None, *same], same):
+            self.edits[self._slots[newer]].superseded = older
+        self._refresh(same)
+        return edit
+
+    def _refresh(self, same: list[int]) -> None:
+        for edit_id in same:
+            self._active[self._slots[edit_id]] = edit_id == same[-1]
+
+    def _grow(self, capacity: int) -> None:
+        for name in (*self.TENSORS, "active"):
+            old = getattr(self, f"_{name}")
+            new = old.new_zeros(capacity, *old.shape[1:])
+            new[:len(old)] = old
+            setattr(self, f"_{name}", new)
+
+    def bytes_per_edit(self) -> int:
+        return sum(getattr(self, f"_{name}")[:1].new_empty(getattr(self, f"_{name}").shape[1:]).nbytes for name in self.TENSORS)
+
+
+# ------------------------------------------------------------------------------------------------ the editor
+
+
+@dataclass
+class _Call:
+    """One call of the top-level model, from its pre-hook to its end."""
+
+    masks: RowMasks | None  # of a prefill; None while decoding
+    routing: Routing | None = None
+    ids: Tensor | None = None  # of a prefill
+
+
+# Roles of the rows of a training batch.
+EDIT, GENERALITY, LOCALITY, HARD_LOCALITY = range(4)
+
+
+class LiveEdit(nn.Module):
+    """Edits a frozen vision-language model; its own weights are never touched, and `detach` removes every trace."""
+
+    def __init__(self, model: nn.Module, processor, config: LiveEditConfig = LiveEditConfig()):
+        """Attaches at once. Raises TypeError or ValueError if the model has no decoder layers or image token, or the config does not fit."""
+        super().__init__()
+        layers, norm = find_decoder_layers(model)
+        self.config = config = replace(config, layer=round(len(layers) * 21 / 32) if config.layer is None else config.layer)
+        if not 0 <= config.layer < len(layers):
+            raise ValueError(f"LiveEditConfig.layer is {config.layer}, but {type(model).__name__} has layers 0 to {len(layers) - 1}")
+        if getattr(model.config, "image_token_id", None) is None:
+            raise TypeError(f"{type(model).__name__} has no config.image_token_id: LiveEdit cannot tell where its image rows are")
+        # Held outside of nn.Module's registry: the model is not ours to move, train or save.
+        self.__dict__.update(model=model, processor=processor, _layers=layers, _final_norm=norm)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        width, c = model.config.get_text_config().hidden_size, config
+        self.generator = ExpertGenerator(width, c.module_dim, c.rank, c.heads, c.gain)
+        self.router = Router(width, c.module_dim, c.slots, c.heads, c.sentinel_tokens, c.similarity, c.threshold)
+        self.norm = nn.LayerNorm(width)  # of the residual, shared by all experts
+        self.experts = ExpertRepository({"U": (c.rank, width), "V": (c.rank, width),
+                                         "visual_keys": (c.slots, c.module_dim), "text_keys": (c.slots, c.module_dim)})
+        self.trained_steps = 0
+        self._special_ids = torch.tensor(sorted(processor.tokenizer.all_special_ids))
+        self._handles: list = []
+        self._call: _Call | None = None
+        self._routes = weakref.WeakKeyDictionary()  # KV cache of a prefill -> its routing
+        self._uncached: _Call | None = None  # the last prefill without a cache
+        self.to(next(layers[config.layer].parameters()).device)
+        self.attach()
+
+    # -------------------------------------------------------------------------------------------- hooks
+
+    def attach(self) -> "LiveEdit":
+        """Register the hooks. Raises RuntimeError if they are registered already."""
+        if self._handles:
+            raise RuntimeError("this editor is attached already; call detach() first")
+        self._handles = [
+            self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            self._layers[self.config.layer].register_forward_hook(self._after_layer),
+            self.model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)]
+        return self
+
+    def detach(self) -> nn.Module:
+        """Remove our hooks, and only ours; harmless when already detached. Returns the bare model."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._call = self._uncached = None
+        self._routes.clear()
+        return self.model
+
+    @contextlib.contextmanager
+    def disabled(self):
+        """Inside, the model is the original, exactly."""
+        attached = bool(self._handles)
+        self.detach()
+        try:
+            yield self.model
+        finally:
+            if attached:
+                self.attach()
+
+    def _before_model(self, model, args, kwargs):
+        """Prefill or decoding? Which rows are image, prompt and answer?"""
+        self._call = None
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if not len(self.experts):
+            if past == 0:
+                self._call = _Call(None)
+            return
+        if ids is None:
+            raise ValueError("LiveEdit reads input_ids to find image and prompt; embeddings alone cannot be routed. "
+                             "Pass input_ids, or use `with editor.disabled():`")
+        if past > 0:
+            self._call = _Call(None, self._route_of(cache, ids))
+        elif (last := self._uncached) is not None and kwargs.get("use_cache") is False and self._extends(ids, last.ids):
+            # Generation without a cache sends all ids so far at each step: the prompt's route holds.
+            self._call = replace(last, masks=None, ids=ids)
+        else:
+            mask = kwargs.get("attention_mask")
+            masks = row_masks(ids, mask, kwargs.get("labels"), model.config.image_token_id, self._special_ids.to(ids.device))
+            self._call = _Call(masks, ids=ids)
+
+    @staticmethod
+    def _extends(ids: Tensor, before: Tensor) -> bool:
+        return ids.shape[1] == before.shape[1] + 1 and len(ids) == len(before) and torch.equal(ids[:, :-1], before)
+
+    def _route_of(self, cache, ids: Tensor) -> Routing | None:
+        if cache not in self._routes:
+            raise RuntimeError("this KV cache was not filled by a prefill with the edits attached; prefill the whole prompt again")
+        routing = self._routes[cache]
+        if ids.shape[1] > 1 and (routing is not None or bool((ids == self.model.config.image_token_id).any())):
+            raise RuntimeError(f"{ids.shape[1]} new tokens continue a KV cache: LiveEdit routes whole prompts (no chunked prefill, no "
+                               "second turn on an old cache); pass the whole conversation without past_key_values")
+        return routing
+
+    def _after_layer(self, layer, args, output):
+        if not len(self.experts):
+            return None
+        if self._call is None:
+            raise RuntimeError("the edit layer was called without the top-level model: LiveEdit routes calls of the whole model only")
+        hidden, call = hidden_of(output), self._call
+        if call.masks is not None:
+            call.routing = self._route(hidden, call.masks)
+        if call.routing is None:
+            return None
+        return with_hidden(output, self._edited(hidden, call.routing))
+
+    def _after_model(self, model, args, kwargs, output):
+        """Keep the route of a prefill for its decoding steps. Called after an exception too, then without output."""
+        call, self._call, self._uncached = self._call, None, None
+        if call is None or output is None:
+            return
+        cache = getattr(output, "past_key_values", None)
+        if cache is None:
+            cache = kwargs.get("past_key_values")
+        if cache is not None:
+            self._routes[cache] = call.routing
+        elif call.ids is not None:
+            self._uncached = call
+
+    @torch.no_grad()
+    def _route(self, hidden: Tensor, masks: RowMasks) -> Routing | None:
+        """Routing of a prefill over all its rows, or None where nothing is edited."""
+        rows = masks.image.any(1).nonzero().flatten()
+        if not len(rows):
+            return None
+        routing = self._routing(hidden[rows], RowMasks(*(m[rows] for m in masks)))
+        if not len(routing.experts):
+            return None
+        weights = routing.weights.new_zeros(len(hidden), routing.weights.shape[1])
+        weights[rows] = routing.weights
+        return routing._replace(weights=weights)
+
+    def _routing(self, hidden: Tensor, masks: RowMasks) -> Routing:
+        """Routing of rows that all have an image."""
+        hidden = hidden.float()
+        query = self.router.query(Rows.gather(hidden, masks.prompt), Rows.gather(hidden, masks.image))
+        return self.router.route(query, self.experts.visual_keys, self.experts.text_keys, self.experts.active)
+
+    def _edited(self, hidden: Tensor, routing: Routing) -> Tensor:
+        """Eq. (6) on the rows that have an expert; all other rows are copied bit by bit."""
+        if len(routing.weights) != len(hidden):
+            raise RuntimeError(f"the prefill had {len(routing.weights)} rows, this step has {len(hidden)}: prefill again")
+        rows = (routing.weights > 0).any(1).nonzero().flatten()
+        U, V = self.experts.U[routing.experts], self.experts.V[routing.experts]
+        residual = apply_experts(self.norm(hidden[rows].float()), U, V, routing.weights[rows])
+        return hidden.index_add(0, rows, residual.to(hidden.dtype))
+
+    # -------------------------------------------------------------------------------------------- model inputs
+
+    def encode(self, image: Image.Image | None | Sequence, prompt: str | Sequence[str], target: str | Sequence[str] | None = None) -> dict:
+        """Model inputs for one question or lists of them: prompts padded on the left, as `generate` needs it.
+
+        With targets, their tokens and the end of sequence follow, padded on the right, and `labels` mark them (-100 elsewhere).
+        The one place that knows the prompt form: the processor's chat template, or `<image>\\n{question} The answer is:`.
+        Raises ValueError for an empty prompt or target, or a prompt that holds the image token.
+        """
+        if isinstance(prompt, str):
+            image, prompt, target = [image], [prompt], None if target is None else [target]
+        texts = [self._prompt_text(question, picture is not None) for picture, question in zip(image, prompt, strict=True)]
+        pictures = [self._rgb(picture) for picture in image if picture is not None] or None
+        inputs = dict(self.processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt"))
+        if target is not None:
+            inputs = self._append_targets(inputs, target)
+        device, dtype = next(self.model.parameters()).device, self.model.dtype
+        return {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in inputs.items()}
+
+    @staticmethod
+    def _rgb(image: Image.Image) -> Image.Image:
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"an image must be a PIL image or None, not {type(image).__name__}; open files with PIL.Image.open")
+        return image.convert("RGB")
+
+    def _prompt_text(self, question: str, has_image: bool) -> str:
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"a prompt must be a text that is not empty, not {question!r}")
+        if (token := self.processor.image_token) in question:
+            raise ValueError(f"the prompt {question!r} holds the image token {token}; pass the picture, encode() places the token")
+        if not getattr(self.processor, "chat_template", None):
+            return (f"{token}\n" if has_image else "") + f"{question} The answer is:"
+        content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
+        text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return text.removeprefix(self.processor.tokenizer.bos_token or "")  # the tokenizer adds its own
+
+    def _append_targets(self, inputs: dict, targets: Sequence[str]) -> dict:
+        """Tokens of prompt and target are made apart: joining the strings would move token boundaries."""
+        tokenizer = self.processor.tokenizer
+        rows = []
+        for target in targets:
+            if not isinstance(target, str) or not target.strip():
+                raise ValueError(f"a target must be a text that is not empty, not {target!r}")
+            rows.append(tokenizer(" " + target.strip(), add_special_tokens=False).input_ids + [tokenizer.eos_token_id])
+        length, shape = max(map(len, rows)), inputs["input_ids"].shape
+        if len(rows) != shape[0]:
+            raise ValueError(f"there are {len(rows)} targets for {shape[0]} prompts")
+        labels = torch.tensor([row + [IGNORE] * (length - len(row)) for row in rows])
+        present = labels != IGNORE
+        tail = {"input_ids": labels.masked_fill(~present, tokenizer.pad_token_id), "attention_mask": present.long(),
+                "token_type_ids": present.long()}  # PaliGemma: 1 hides the target from the prompt's states
+        joined = {key: torch.cat([value, tail.get(key, torch.zeros_like(labels)).to(value.dtype)], 1) if value.shape == shape else value
+                  for key, value in inputs.items()}
+        return joined | {"labels": torch.cat([torch.full(shape, IGNORE), labels], 1)}
+
+    # -------------------------------------------------------------------------------------------- lower and upper layers
+
+    @torch.no_grad()
+    def capture(self, questions: Sequence[Question], batch_size: int = 128, progress=lambda chunks: chunks) -> States:
+        """Run the frozen lower layers once for questions with targets: everything that editing and training need of them.
+
+        progress: wraps the list of batches, for instance tqdm.
+        """
+        chunks = [questions[i:i + batch_size] for i in range(0, len(questions), batch_size)]
+        inputs = [self.encode([q.image for q in chunk], [q.prompt for q in chunk], [q.target for q in chunk]) for chunk in progress(chunks)]
+        answers = [int((i["labels"] != IGNORE).any(0).sum()) for i in inputs]
+        prompts = [i["labels"].shape[1] - a for i, a in zip(inputs, answers)]
+        # One column of padding more when there are several batches: a batch without any padding would get no mask from the model.
+        left = [max(prompts) - p + (len(chunks) > 1) for p in prompts]
+        right = [max(answers) - a for a in answers]
+        fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE}
+        padded = [{key: F.pad(v, (l, r), value=fill.get(key, 0)) if v.shape == i["input_ids"].shape else v for key, v in i.items()}
+                  for i, l, r in zip(inputs, left, right)]
+        with self.disabled():
+            return States.concat([self._lower(i) for i in progress(padded)])
+
+    def _lower(self, inputs: dict) -> States:
+        labels = inputs.pop("labels")
+        masks = row_masks(inputs["input_ids"], inputs["attention_mask"], labels, self.model.config.image_token_id,
+                          self._special_ids.to(labels.device))
+        seen = {}
+
+        def stop(layer, args, kwargs, output):
+            seen.update(hidden=hidden_of(output), args=args[1:], kwargs={k: v for k, v in kwargs.items() if k != "hidden_states"})
+            raise _Stop
+
+        handle = self._layers[self.config.layer].register_forward_hook(stop, with_kwargs=True)
+        try:
+            self.model(**inputs, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return States(seen["hidden"], masks, labels, seen["args"], seen["kwargs"])
+
+    def _upper(self, hidden: Tensor, states: States) -> Tensor:
+        """The layers above the edit layer, norm and head; logits (tokens, vocabulary) at the answer tokens of all rows, row by row."""
+        for layer in self._layers[self.config.layer + 1:]:
+            hidden = hidden_of(layer(hidden, *states.args, **states.kwargs))
+        predicting = hidden[:, :-1][states.masks.answer[:, 1:]]  # the row before a token predicts it
+        return self.model.get_output_embeddings()(self._final_norm(predicting)).float()
+
+    # -------------------------------------------------------------------------------------------- editing
+
+    def edit(self, image: Image.Image, prompt: str, target: str) -> Edit:
+        """From now on the answer to this question about this image is the target."""
+        return self.edit_many([Question(image, prompt, target)])[0]
+
+    @torch.no_grad()
+    def edit_many(self, questions: Sequence[Question | tuple], batch_size: int = 128) -> list[Edit]:
+        """Edits in batches: the same experts as one by one, each for one pass through the lower layers and the generator.
+
+        Raises RuntimeError on an editor that was never trained, ValueError for a question without image, prompt or target.
+        """
+        if not self.trained_steps:
+            raise RuntimeError("this editor was never trained: its experts would be noise. Train it (training_losses, run.py) or "
+                               "load a trained one with LiveEdit.from_pretrained")
+        questions = [Question(*q) for q in questions]
+        for q in questions:
+            if q.image is None:
+                raise ValueError(f"the edit {q.prompt!r} has no image: the visual filter could never keep it")
+        made = []
+        for start in range(0, len(questions), batch_size):
+            chunk = questions[start:start + batch_size]
+            states = self.capture(chunk, batch_size)
+            edits = [Edit(self.experts.next_id + i, q.prompt, q.target, image_digest(q.image), time.time()) for i, q in enumerate(chunk)]
+            self.experts.add(self._make_experts(states), edits)
+            made += edits
+        return made
+
+    def _make_experts(self, states: States) -> dict[str, Tensor]:
+        hidden = states.hidden.float()
+        U, V = self.generator(hidden, states.masks.image | states.masks.prompt | states.masks.answer)
+        prompt, image = Rows.gather(hidden, states.masks.prompt), Rows.gather(hidden, states.masks.image)
+        return {"U": U, "V": V, "visual_keys": self.router.visual_key(prompt, image), "text_keys": self.router.text_key(prompt)}
+
+    def edits(self) -> list[Edit]:
+        """The edits in force, oldest first."""
+        return sorted((e for e, active in zip(self.experts.edits, self.experts.active.tolist()) if active), key=lambda e: e.id)
+
+    def forget(self, edit_id: int) -> Edit:
+        """As if this edit had never been made: what it had replaced is in force again. Raises KeyError for an unknown id."""
+        return self.experts.remove(edit_id)
+
+    def reset(self) -> None:
+        """Forget all edits: the original model, bit for bit. Ids are not used again."""
+        for edit in list(self.experts.edits)[::-1]:
+            self.experts.remove(edit.id)
+
+    @torch.no_grad()
+    def explain(self, inputs: dict) -> list[list[dict]]:
+        """For each row of `inputs` the edits that the filter kept, heaviest first: id, prompt, target, similarity, threshold, weight."""
+        inputs = {k: v for k, v in inputs.items()}
+        labels = inputs.setdefault("labels", torch.full_like(inputs["input_ids"], IGNORE))
+        report: list[list[dict]] = [[] for _ in labels]
+        if not len(self.experts):
+            return report
+        with self.disabled():
+            states = self._lower(inputs)
+        rows = states.masks.image.any(1).nonzero().flatten()
+        if not len(rows):
+            return report
+        routing = self._routing(states.hidden[rows], RowMasks(*(m[rows] for m in states.masks)))
+        for row, weights, similarity, threshold in zip(rows.tolist(), routing.weights, routing.similarity, routing.threshold):
+            for n in weights.nonzero().flatten().tolist():
+                edit = self.experts.edits[routing.experts[n]]
+                report[row].append({"id": edit.id, "prompt": edit.prompt, "target": edit.target, "threshold": threshold.item(),
+                                    "similarity": similarity[routing.experts[n]].item(), "weight": weights[n].item()})
+            report[row].sort(key=lambda kept: -kept["weight"])
+        return report
+
+    # -------------------------------------------------------------------------------------------- training
+
+    def training_losses(self, states: States, role: Tensor, owner: Tensor, text_locality: Rows | None = None) -> dict[str, Tensor]:
+        """All losses of one batch of B >= 2 edits; "total" is their sum, every weight 1.
+
+        states: n rows with images; role (n,) one of EDIT, GENERALITY, LOCALITY, HARD_LOCALITY; owner (n,) the row's edit, 0 to B-1, and the
+        B rows of role EDIT stand in the order of their owners. text_locality: prompt rows of text-only questions, for Eq. (16).
+        """
+        batch = int((role == EDIT).sum())
+        if batch < 2 or not torch.equal(owner[role == EDIT], torch.arange(batch, device=owner.device)):
+            raise ValueError(f"a batch needs at least two edits (Eq. 15 takes another edit as negative), in the order of their owners; got {batch}")
+        hidden, masks = states.hidden.float(), states.masks
+        prompt, image = Rows.gather(hidden, masks.prompt), Rows.gather(hidden, masks.image)
+        follows = (role == EDIT) | (role == GENERALITY)
+        edits = (role == EDIT).nonzero().flatten()
+
+        U, V = self.generator(hidden[edits], (masks.image | masks.prompt | masks.answer)[edits])
+        text_keys = self.router.text_key(prompt)
+        query = self.router.query(prompt, image)
+        weights = soft_weights_of_subset(text_similarity(query.text, text_keys[edits]), owner, role)
+        edited = hidden + apply_experts(self.norm(hidden), U, V, weights)
+        losses = self._editing_losses(edited.to(states.hidden.dtype), states, follows, role, batch)
+
+        # Eq. (12-16): one random pick of {edit, generality} goes through the edit side.
+        # Differs from the paper: all of them, not one random pick, go through the input side; they are there anyway.
+        noise = torch.rand(len(role), device=role.device).masked_fill(~follows, -1)
+        picks = torch.stack([torch.where(owner == b, noise, -1).argmax() for b in range(batch)])
+        visual_keys = self.router.visual_key(prompt[picks], image[picks])
+        losses["filter"] = hard_filter_loss(
+            self.router.visual_logits(self.router.visual_similarity(query.visual, visual_keys)),
+            self.router.visual_logits(self.router.sentinel_similarity(query)), owner, ~follows)
+        negative_keys = [text_keys[~follows]] + ([] if text_locality is None else [self.router.text_key(text_locality)])
+        scores = text_similarity(query.text[follows], torch.cat([text_keys[picks], *negative_keys]))
+        other = (owner[follows] + torch.randint(1, batch, owner[follows].shape, device=owner.device)) % batch
+        losses["sigmoid"], losses["softmax"] = soft_router_loss(scores, owner[follows], other)
+        losses["total"] = sum(losses.values())
+        return losses
+
+    def _editing_losses(self, edited: Tensor, states: States, follows: Tensor, role: Tensor, batch: int) -> dict[str, Tensor]:
+        """Eq. (8-11): means over a row's answer tokens, sums over the rows of a sample, means over samples."""
+        row = states.masks.answer.nonzero()[:, 0]  # (tokens,) the row of each answer token
+        share = 1 / (states.masks.answer.sum(1)[row] * batch)
+        log_probs = self._upper(edited, states).log_softmax(-1)
+        wrong = -log_probs.gather(1, states.labels[states.masks.answer][:, None]).squeeze(1) * share
+        with torch.no_grad():
+            untouched = (~follows).nonzero().flatten()
+            locality = states.select(untouched)
+            base = self._upper(locality.hidden, locality).log_softmax(-1)
+        drift = (base.exp() * (base - log_probs[~follows[row]])).sum(-1) * share[~follows[row]]
+        return {"reliability": wrong[role[row] == EDIT].sum(),  # Eq. (8)
+                "generality": wrong[role[row] == GENERALITY].sum(),  # Eq. (9, 10)
+                "locality": drift.sum()}  # Eq. (11): KL( f_base || f_edited )
+
+    # -------------------------------------------------------------------------------------------- keeping
+
+    def fingerprint(self) -> dict:
+        """What a saved editor needs to fit its backbone."""
+        text = self.model.config.get_text_config()
+        return {"model_type": self.model.config.model_type, "hidden_size": text.hidden_size, "layers": len(self._layers),
+                "vocabulary": text.vocab_size, "image_token_id": self.model.config.image_token_id}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write editor and edits. Safe against a crash at any moment: the config file names the weights and is replaced last."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        old = json.loads((folder / CONFIG_FILE).read_text()).get("weights") if (folder / CONFIG_FILE).exists() else None
+        weights = f"liveedit-{time.time_ns()}.safetensors"
+        tensors = {f"network.{k}": v for k, v in self.state_dict().items()}
+        tensors |= {f"experts.{name}": getattr(self.experts, name) for name in ExpertRepository.TENSORS}
+        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        save_file(tensors, folder / weights, metadata={"edits": json.dumps([asdict(e) for e in self.experts.edits])})
+        content = {"config": asdict(self.config), "backbone": self.fingerprint(), "trained_steps": self.trained_steps,
+                   "next_id": self.experts.next_id, "weights": weights}
+        draft = folder / (CONFIG_FILE + ".new")
+        with open(draft, "w") as file:
+            json.dump(content, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, folder / CONFIG_FILE)
+        if old:
+            (folder / old).unlink(missing_ok=True)
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, processor, folder: str | Path) -> "LiveEdit":
+        """Load a saved editor with its edits and attach it. Raises FileNotFoundError or ValueError that says what does not fit."""
+        path = Path(folder) / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} is no saved editor: it has no {CONFIG_FILE}")
+        content = json.loads(path.read_text())
+        editor = cls(model, processor, LiveEditConfig(**content["config"]))
+        try:
+            editor._load(Path(folder), content)
+        except BaseException:
+            editor.detach()
+            raise
+        return editor
+
+    def _load(self, folder: Path, content: dict) -> None:
+        saved, here = content["backbone"], self.fingerprint()
+        if saved != here:
+            differing = ", ".join(f"{key} {saved.get(key)} (here {here[key]})" for key in here if saved.get(key) != here[key])
+            raise ValueError(f"the editor in {folder} was trained on another backbone: {differing}")
+        with safe_open(folder / content["weights"], framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            edits = [Edit(**e) for e in json.loads(file.metadata()["edits"])]
+        self.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
+        order = sorted(range(len(edits)), key=lambda slot: edits[slot].id)  # older edits first, so that newer ones supersede them
+        if edits:
+            self.experts.add({name: tensors[f"experts.{name}"][order] for name in ExpertRepository.TENSORS}, [edits[i] for i in order])
+        self.trained_steps, self.experts.next_id = content["trained_steps"], content["next_id"]
+
+
+def soft_weights_of_subset(scores: Tensor, owner: Tensor, role: Tensor) -> Tensor:
+    """Weights of Eq. (7) in training, scores (n, B): for each row over a random subset of the batch's experts (no hard filter).
+
+    Edits, generality and hard locality rows always have their own expert in it.
+    Differs from the official code: its subsets are random prefixes of the batch, so early slots distract far more often.
+    """
+    from router import soft_weights
+    share = torch.rand(len(scores), 1, device=scores.device)
+    subset = torch.rand_like(scores) < share
+    own = F.one_hot(owner, scores.shape[1]).bool() & (role != LOCALITY)[:, None]
+    return soft_weights(scores, subset | own)

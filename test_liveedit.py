@@ -1,0 +1,896 @@
+"""Tests: `python -m pytest -q test_liveedit.py`, on CPU, without network, about three minutes on 2 cores.
+
+References: the official modules' numbers (GOLDEN), naive loops, and the unedited model itself. Laws are tested with an untrained editor
+whose filter keeps everything (its experts are noise, but strong); behavior with an editor trained here for some seconds.
+"""
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import data
+import run
+from generator import CrossAttention, ExpertGenerator, apply_experts
+from liveedit import (CONFIG_FILE, EDIT, GENERALITY, LOCALITY, Edit, ExpertRepository, LiveEdit, LiveEditConfig, Question, States,
+                      find_decoder_layers, hidden_of, row_masks, with_hidden)
+from router import FeatureExtractor, Router, Rows, hard_filter_loss, nce, soft_router_loss, soft_weights, text_similarity
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE / "tiny-llava"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def base():
+    return AutoModelForImageTextToText.from_pretrained(TINY).eval(), AutoProcessor.from_pretrained(TINY)
+
+
+def strong_editor(model, processor, **config) -> LiveEdit:
+    """An untrained editor whose filter keeps every expert and whose experts are loud."""
+    torch.manual_seed(1)
+    settings = dict(module_dim=64, sentinel_tokens=4, threshold=-1.0, gain=8.0) | config
+    editor = LiveEdit(model, processor, LiveEditConfig(**settings))
+    editor.trained_steps = 1
+    return editor
+
+
+@pytest.fixture
+def editor(base):
+    editor = strong_editor(*base)
+    yield editor
+    editor.detach()
+
+
+def picture(index: int = 0, drawing: int = 0) -> Image.Image:
+    return data.Drawing(data.SCENES[97 * index % len(data.SCENES)], drawing).open()
+
+
+QUESTIONS = ["What shape is this?", "Name the color of the figure.", "Describe the image.", "What color is behind the shape?"]
+
+
+def questions(count: int, start: int = 0) -> list[Question]:
+    return [Question(picture(i), QUESTIONS[i % 4], f"answer {i}") for i in range(start, start + count)]
+
+
+def logits_of(editor: LiveEdit, inputs: dict) -> torch.Tensor:
+    with torch.no_grad():
+        return editor.model(**inputs).logits
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> str:
+    return f"shapes {tuple(a.shape)} and {tuple(b.shape)}, largest difference {(a - b).abs().max().item() if a.shape == b.shape else 'n/a'}"
+
+
+def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-4) -> None:
+    assert a.shape == b.shape and torch.allclose(a, b, atol=tolerance, rtol=0), difference(a, b)
+
+
+def assert_same(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert torch.equal(a, b), difference(a, b)
+
+
+# ------------------------------------------------------------------------------------------------ generator and router
+
+
+GOLDEN = {
+    "U": [
+        0.0353026979, -0.0105376457, -0.0167318435, -0.0002847491, -0.0499352918, -0.0319752826, 0.0371042071, -0.0117329308,
+        -0.0170881282, -0.0019385415, -0.0481566294, -0.032472079, 0.0357069869, -0.0107780232, -0.016845491, -0.0004498011,
+        -0.0497907701, -0.0319849724],
+    "V": [
+        0.0065032645, -0.0278475724, -0.0591466931, -0.0034553764, -0.0426757434, -0.039172227, 0.006689017, -0.0283003387,
+        -0.0587850038, -0.002971146, -0.042063761, -0.0403964081, 0.0066137151, -0.0278301383, -0.0592782233, -0.0035383566,
+        -0.0426715312, -0.0390943399],
+    "edit_visual": [
+        0.615481719, 0.221392681, 0.0140770263, 0.521173465, -0.15903825, -0.138031786, 0.195397045, -0.550023655,
+        0.615604807, 0.221247781, 0.0141291363, 0.521255358, -0.158948879, -0.138092064, 0.195380556, -0.549943441,
+        0.609654391, 0.214038613, 0.0287961904, 0.510730524, -0.159662794, -0.131656597, 0.188313319, -0.547833879,
+        0.609828461, 0.213868326, 0.0288280154, 0.510862332, -0.159563025, -0.131708452, 0.188276248, -0.5477372, 0.577998633,
+        0.186547701, 0.0936913351, 0.459756422, -0.144943921, -0.0832451416, 0.115059936, -0.507674336, 0.577999695,
+        0.186546583, 0.0936916255, 0.459757189, -0.144943901, -0.0832450578, 0.115059814, -0.507674272],
+    "edit_text": [
+        0.044417322, -0.344758826, -0.532760814, 0.0813733914, -0.36428348, -0.215737585, 0.367869196, -0.148693065,
+        0.0545187252, -0.350074946, -0.536434473, 0.0911313486, -0.355134774, -0.217448094, 0.360788675, -0.138421466,
+        0.0514688009, -0.360938596, -0.52024926, 0.082425384, -0.375646135, -0.201578684, 0.362112259, -0.155891228,
+        0.0598451702, -0.364695356, -0.524083313, 0.0908179156, -0.369105279, -0.202685217, 0.356909317, -0.148493794,
+        0.199976177, -0.372178304, -0.655166654, 0.256794326, -0.445909182, -0.279336886, 0.526393102, -0.276765739,
+        0.202140338, -0.375086667, -0.6538143, 0.258067552, -0.441635813, -0.282766295, 0.526266246, -0.273182948],
+    "input_visual": [
+        0.60325436, 0.151151957, 0.007865272, 0.409850022, -0.257627325, -0.164398709, 0.0611933995, -0.579332627,
+        0.603269872, 0.15111112, 0.0078991353, 0.409849914, -0.257584591, -0.164451898, 0.0612149766, -0.579305527],
+    "input_text": [
+        0.0500291962, -0.404068662, -0.478128924, 0.16380434, -0.347504355, -0.0759078266, 0.456017721, -0.126464033,
+        0.0640360281, -0.416509302, -0.477093721, 0.174993312, -0.328520231, -0.0851691057, 0.448231452, -0.10778834],
+    "sentinel_visual": [
+        0.586380302, 0.131390612, 0.0486328615, 0.380319089, -0.260764409, -0.132408114, 0.0256505102, -0.568348153,
+        0.586397667, 0.131352726, 0.0486613054, 0.380322584, -0.260724502, -0.132455051, 0.0256673549, -0.568321583],
+    "visual_similarity": [
+        0.358059929, 0.354042088, 0.324640337],
+    "sentinel_similarity": [
+        0.335741613],
+    "text_similarity": [
+        0.260235613, 0.261190515, 0.340768818],
+    "weights": [
+        0.282212298, 0.282599325, 0],
+    "residual": [
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.001364837, -0.0052339618, -0.0107680024, -0.0004795938, -0.0079004956,
+        -0.0071416714, 0, 0, 0, 0, 0, 0, 0.0016435176, -0.0063059289, -0.012973929, -0.0005782611, -0.0095176679,
+        -0.0086065475],
+}
+
+
+def fill(parameter: torch.Tensor, number: int) -> None:
+    """The formula that the official numbers were made with."""
+    values = 0.3 * torch.sin(0.37 * torch.arange(parameter.numel(), dtype=torch.float64) + number)
+    parameter.data = values.view(parameter.shape)
+
+
+def fill_attention(attention: CrossAttention, number: int) -> None:
+    for i, layer in enumerate((attention.to_query, attention.to_key, attention.to_value)):
+        fill(layer.weight, number + 2 * i)
+        fill(layer.bias, number + 2 * i + 1)
+
+
+def fill_extractor(extractor: FeatureExtractor, number: int) -> None:
+    for norm, queries, first in ((extractor.visual_norm, extractor.visual_queries, number), (extractor.text_norm, extractor.text_queries, number + 15)):
+        fill(norm.weight, first), fill(norm.bias, first + 1), fill(queries, first + 2)
+    fill_attention(extractor.visual_prompt_attention, number + 3)
+    fill_attention(extractor.visual_image_attention, number + 9)
+    fill_attention(extractor.text_attention, number + 18)
+
+
+def test_agrees_with_the_official_modules():
+    D, M, R, K = 6, 8, 3, 2
+    made = lambda wave, length, step, shift: wave(step * torch.arange(length * D, dtype=torch.float64) + shift).view(1, length, D)
+    prompts = [Rows(made(torch.sin, 5, *p), None) for p in ((0.61, 0), (0.43, 1), (0.97, 5))]
+    images = [Rows(made(torch.cos, 4, *p), None) for p in ((0.29, 0), (0.53, 1), (1.21, 5))]
+    generator = ExpertGenerator(D, M, R, heads=2, gain=0.2).double()
+    for number, side in ((1, "U"), (2, "V")):
+        norm, queries, attention = (getattr(generator, f"{part}_{side}") for part in ("norm", "queries", "attention"))
+        fill(norm.weight, number), fill(norm.bias, number + 1), fill(queries, number + 2), fill_attention(attention, number + 3)
+    router = Router(D, M, K, heads=2, sentinel_tokens=4, similarity="dot").double()
+    fill_extractor(router.edit_side, 0), fill_extractor(router.input_side, 38), fill(router.sentinel, 62)
+    U, V = generator(torch.cat([p.states for p in prompts]))
+    visual_keys = torch.cat([router.visual_key(p, i) for p, i in zip(prompts, images)])
+    text_keys = torch.cat([router.text_key(p) for p in prompts])
+    query = router.query(prompts[0], images[0])
+    routing = router.route(query, visual_keys, text_keys)
+    residual = apply_experts(F.layer_norm(prompts[0].states, (D,)), U[routing.experts], V[routing.experts], routing.weights)
+    ours = {"U": U[0], "V": V[0], "edit_visual": visual_keys, "edit_text": text_keys, "input_visual": query.visual, "input_text": query.text,
+            "sentinel_visual": query.sentinel, "visual_similarity": routing.similarity, "sentinel_similarity": routing.threshold,
+            "text_similarity": text_similarity(query.text, text_keys), "weights": F.pad(routing.weights, (0, 1)), "residual": residual}
+    assert routing.experts.tolist() == [0, 1]
+    for name, numbers in GOLDEN.items():
+        assert_close(ours[name].flatten(), torch.tensor(numbers, dtype=torch.float64), 1e-6)
+
+
+def test_apply_experts_is_the_double_loop_and_ignores_their_order():
+    h, U, V, w = torch.randn(2, 5, 8), torch.randn(3, 4, 8), torch.randn(3, 4, 8), torch.rand(2, 3)
+    naive = torch.zeros_like(h)
+    for b in range(2):
+        for e in range(3):
+            naive[b] += w[b, e] * torch.relu(h[b] @ U[e].T) @ V[e]
+    assert_close(apply_experts(h, U, V, w), naive, 1e-4)
+    order = torch.tensor([2, 0, 1])
+    assert_close(apply_experts(h, U[order], V[order], w[:, order]), naive, 1e-4)
+
+
+def test_soft_weights_is_the_loop_and_drops_the_dropped():
+    scores, kept = torch.randn(3, 5), torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]]).bool()
+    for row, keep, weights in zip(scores.tolist(), kept.tolist(), soft_weights(scores, kept).tolist()):
+        total = sum(math.exp(s) for s, k in zip(row, keep) if k)
+        expected = [math.exp(s) / total / (1 + math.exp(-s)) if k else 0.0 for s, k in zip(row, keep)]
+        assert weights == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_filter_keeps_exactly_what_lies_above_the_sentinel():
+    router = Router(8, 8, 2, 2, 3)
+    prompt, image = Rows(torch.randn(4, 5, 8), None), Rows(torch.randn(4, 6, 8), None)
+    query, keys = router.query(prompt, image), F.normalize(torch.randn(50, 2, 8), dim=-1)
+    routing = router.route(query, keys, torch.randn(50, 2, 8))
+    kept = torch.zeros(4, 50, dtype=torch.bool)
+    kept[:, routing.experts] = routing.weights > 0
+    assert kept.any() and not kept.all()
+    for b in range(4):
+        for n in range(50):
+            cosine = sum(F.cosine_similarity(query.visual[b, k], keys[n, k], dim=0).item() for k in range(2)) / 2
+            sentinel = sum(F.cosine_similarity(query.visual[b, k], query.sentinel[b, k], dim=0).item() for k in range(2)) / 2
+            assert kept[b, n].item() == (cosine > sentinel), f"cosine {cosine}, sentinel {sentinel}"
+    assert not len(router.route(query, keys, keys, active=torch.zeros(50, dtype=torch.bool)).experts)
+    router.threshold = 0.5
+    assert (router.route(query, keys, keys).threshold == 0.5).all()
+
+
+def test_routing_losses_are_the_equations():
+    similar, sentinel = torch.randn(4, 3), torch.randn(4)
+    own, is_locality = torch.tensor([0, 1, 2, 1]), torch.tensor([False, False, False, True])
+    log_share = lambda chosen, others: -(chosen - torch.stack(others).logsumexp(0))
+    follow = sum(log_share(similar[q, q], [*similar[q], sentinel[q]]) for q in range(3)) / 3
+    other = sum(log_share(sentinel[q], [*(similar[q, e] for e in range(3) if e != q), sentinel[q]]) for q in range(3)) / 3
+    reject = log_share(sentinel[3], [*similar[3], sentinel[3]])
+    assert_close(hard_filter_loss(similar, sentinel, own, is_locality), follow + other + reject, 1e-5)
+    scores, own, negative = torch.randn(2, 5), torch.tensor([1, 0]), torch.tensor([0, 1])
+    l_sr1, l_sr2 = soft_router_loss(scores, own, negative)
+    by_hand = [-math.log(torch.sigmoid(scores[q, own[q]])) - math.log(1 - torch.sigmoid(scores[q, negative[q]])) for q in range(2)]
+    assert l_sr1.item() == pytest.approx(sum(by_hand) / 2, abs=1e-5)
+    assert_close(l_sr2, sum(log_share(scores[q, own[q]], list(scores[q])) for q in range(2)) / 2, 1e-5)
+
+
+def test_masked_rows_change_nothing():
+    generator, extractor = ExpertGenerator(8, 8, 2, 2), FeatureExtractor(8, 8, 2, 2)
+    states, mask = torch.randn(1, 6, 8), torch.tensor([[0, 1, 1, 0, 1, 0]]).bool()
+    short = states[mask][None]
+    for a, b in zip(generator(states, mask), generator(short)):
+        assert_close(a, b, 1e-5)
+    rows = Rows.gather(states, mask)
+    assert_same(rows.states, short)
+    assert_close(extractor.text(Rows(states, mask)), extractor.text(rows), 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ the model untouched
+
+
+def test_without_experts_the_layer_output_is_the_same_object(base):
+    model, processor = base
+    seen = []
+    layer = find_decoder_layers(model)[0][LiveEdit(model, processor, LiveEditConfig(module_dim=64)).detach() and 4]
+    first = layer.register_forward_hook(lambda m, a, o: seen.append(o))
+    editor = strong_editor(model, processor, layer=4)
+    last = layer.register_forward_hook(lambda m, a, o: seen.append(o))
+    inputs = editor.encode(picture(), QUESTIONS[0])
+    text = editor.encode(None, "What is 3 plus 4?")
+    try:
+        logits_of(editor, inputs)
+        editor.edit(picture(), QUESTIONS[0], "heart")
+        logits_of(editor, text)
+        with editor.disabled():
+            logits_of(editor, inputs)
+        assert all(a is b for a, b in zip(seen[::2], seen[1::2])) or len(seen) % 2, "an unedited output was replaced"
+        seen.clear()
+        logits_of(editor, inputs)
+        assert seen[0] is not seen[1], "the edit changed nothing"
+    finally:
+        first.remove(), last.remove(), editor.detach()
+
+
+def test_detached_and_disabled_are_bit_equal_and_foreign_hooks_survive(base):
+    model, processor = base
+    calls = []
+    layers = find_decoder_layers(model)[0]
+    foreign = [model.register_forward_pre_hook(lambda m, a: calls.append("model")), layers[4].register_forward_hook(lambda m, a, o: calls.append("layer"))]
+    counts = lambda: (len(model._forward_pre_hooks), len(model._forward_hooks), len(layers[4]._forward_hooks))
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    before = counts()
+    editor = strong_editor(model, processor)
+    editor.detach()
+    inputs = editor.encode(picture(), QUESTIONS[0])
+    original = logits_of(editor, inputs)
+    editor.attach()
+    with pytest.raises(RuntimeError, match="attached already"):
+        editor.attach()
+    editor.edit_many(questions(3))
+    assert not torch.equal(logits_of(editor, inputs), original), "the edits changed nothing"
+    with pytest.raises(ZeroDivisionError), editor.disabled():
+        assert_same(logits_of(editor, inputs), original)
+        1 / 0
+    assert not torch.equal(logits_of(editor, inputs), original), "disabled() did not end with its block"
+    calls.clear()
+    editor.detach()
+    editor.detach()
+    assert_same(logits_of(editor, inputs), original)
+    assert calls == ["model", "layer"] and counts() == before
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items()), "a weight of the model changed"
+    for handle in foreign:
+        handle.remove()
+
+
+def test_unedited_rows_of_a_mixed_batch_are_bit_equal(editor):
+    editor.edit_many(questions(3))
+    inputs = editor.encode([picture(), None, picture(1), None], ["What shape is this?", "What is 3 plus 4?", "Describe it.", "Repeat: cat"])
+    with editor.disabled():
+        original = logits_of(editor, inputs)
+    edited = logits_of(editor, inputs)
+    for row in (1, 3):
+        assert_same(edited[row], original[row])
+    assert not torch.equal(edited[0], original[0]) and not torch.equal(edited[2], original[2])
+
+
+def test_a_filter_that_rejects_all_leaves_everything(base):
+    editor = strong_editor(*base, threshold=1.0)
+    editor.edit_many(questions(3))
+    inputs = editor.encode(picture(), QUESTIONS[0])
+    edited = logits_of(editor, inputs)
+    assert_same(edited, logits_of(editor, inputs))
+    editor.detach()
+    assert_same(edited, logits_of(editor, inputs))
+
+
+def test_exceptions_and_interrupts_leave_no_route_behind(editor):
+    editor.edit_many(questions(2))
+    inputs, other = editor.encode(picture(), QUESTIONS[0]), editor.encode(None, "What is 3 plus 4?")
+    with editor.disabled():
+        original = logits_of(editor, other)
+    layers = find_decoder_layers(editor.model)[0]
+    for error in (ValueError, KeyboardInterrupt):
+        def fail(*_):
+            raise error
+        handle = layers[5].register_forward_hook(fail)
+        with pytest.raises(error):
+            logits_of(editor, inputs)
+        handle.remove()
+        assert_same(logits_of(editor, other), original)
+    assert len(layers[5]._forward_hooks) == 0
+
+
+def test_two_editors_on_two_models_do_not_meet(base):
+    other = AutoModelForImageTextToText.from_pretrained(TINY).eval()
+    one, two = strong_editor(*base), strong_editor(other, base[1])
+    inputs = one.encode(picture(), QUESTIONS[0])
+    original = logits_of(two, inputs)
+    one.edit(picture(), QUESTIONS[0], "heart")
+    assert_same(logits_of(two, inputs), original)
+    one.detach()
+
+
+# ------------------------------------------------------------------------------------------------ batches and generation
+
+
+def test_a_batch_is_its_rows_one_by_one_with_padding_on_either_side(editor):
+    editor.edit_many(questions(4))
+    asked = [(picture(0), "What?"), (None, "What is 3 plus 4?"), (picture(1), QUESTIONS[2]), (picture(2), "Look at the shape. What color is it?")]
+    left = editor.encode(*map(list, zip(*asked)))
+    width = left["input_ids"].shape[1]
+    order = torch.argsort(left["attention_mask"], dim=1, descending=True, stable=True)
+    right = left | {key: left[key].gather(1, order) for key in ("input_ids", "attention_mask")}
+    from_left, from_right = logits_of(editor, left), logits_of(editor, right)
+    for row, one in enumerate(asked):
+        alone = logits_of(editor, editor.encode(*one))[0]
+        assert_close(from_left[row, width - len(alone):], alone)
+        assert_close(from_right[row, :len(alone)], alone)
+
+
+@pytest.mark.parametrize("layer", [0, 3, 5])
+def test_generation_is_the_same_with_and_without_cache_in_batches_and_alone(base, layer):
+    editor = strong_editor(*base, layer=layer, gain=3.0)
+    editor.edit_many(questions(4))
+    images, prompts = [picture(0), picture(5), None], [QUESTIONS[0], QUESTIONS[2], "What is 3 plus 4?"]
+    inputs = editor.encode(images, prompts)
+    settings = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    cached = editor.model.generate(**inputs, **settings)
+    assert_same(cached, editor.model.generate(**inputs, **settings, use_cache=False))
+    for row, (image, prompt) in enumerate(zip(images, prompts)):
+        alone = editor.model.generate(**editor.encode(image, prompt), **settings)
+        assert_same(cached[row, -8:], alone[0, -8:])
+    with editor.disabled():
+        assert not torch.equal(cached, editor.model.generate(**inputs, **settings)), "the edits changed no token"
+    step = inputs
+    for _ in range(8):  # greedy by hand, always the whole sequence with the prompt marked: the reference of both
+        labels = step["input_ids"].masked_fill(torch.arange(step["input_ids"].shape[1]) < inputs["input_ids"].shape[1], -100)
+        logits = logits_of(editor, step | {"labels": labels} if step is not inputs else step)[:, -1]
+        logits[:, editor.processor.tokenizer.eos_token_id] = -torch.inf
+        step = step | {"input_ids": torch.cat([step["input_ids"], logits.argmax(-1, keepdim=True)], 1),
+                       "attention_mask": F.pad(step["attention_mask"], (0, 1), value=1)}
+    editor.detach()
+    assert_same(cached, step["input_ids"])
+
+
+@pytest.mark.parametrize("way", [dict(num_beams=3, do_sample=False), dict(do_sample=True, num_return_sequences=2)])
+def test_beams_and_sampling_agree_with_and_without_cache(base, way):
+    editor = strong_editor(*base, gain=3.0)
+    editor.edit_many(questions(4))
+    inputs = editor.encode([picture(0), None], [QUESTIONS[0], "What is 3 plus 4?"])
+    made = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        made.append(editor.model.generate(**inputs, **way, max_new_tokens=6, min_new_tokens=6, use_cache=use_cache))
+    editor.detach()
+    assert_same(*made)
+
+
+def test_a_second_call_never_sees_the_first_ones_route(editor):
+    editor.edit_many(questions(2))
+    pairs = [editor.encode(picture(i), q) for i, q in ((0, QUESTIONS[0]), (7, QUESTIONS[2]))]
+    fresh = [logits_of(editor, p) for p in pairs]
+    caches = [editor.model(**p, use_cache=True).past_key_values for p in pairs]
+    token = torch.tensor([[5]])
+    expected = [editor.model(input_ids=token, past_key_values=c).logits for c in caches]
+    interleaved = [editor.model(**p, use_cache=True).past_key_values for p in pairs]
+    for i in (1, 0):
+        assert_same(editor.model(input_ids=token, past_key_values=interleaved[i]).logits, expected[i])
+        assert_same(logits_of(editor, pairs[i]), fresh[i])
+
+
+def test_what_cannot_be_routed_is_refused(editor):
+    inputs = editor.encode(picture(), QUESTIONS[0])
+    with editor.disabled():
+        foreign = editor.model(**inputs, use_cache=True).past_key_values
+    editor.edit(picture(), QUESTIONS[0], "heart")
+    token = torch.tensor([[5]])
+    with pytest.raises(ValueError, match="input_ids"):
+        editor.model(inputs_embeds=torch.zeros(1, 4, 128))
+    with pytest.raises(RuntimeError, match="top-level"):
+        editor.model.get_decoder()(inputs_embeds=torch.zeros(1, 4, 128))
+    with pytest.raises(RuntimeError, match="not filled"):
+        editor.model(input_ids=token, past_key_values=foreign)
+    cache = editor.model(**inputs, use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match="whole prompts"):
+        editor.model(input_ids=token.expand(1, 3), past_key_values=cache)
+
+
+def test_the_router_never_sees_answer_tokens(editor):
+    editor.edit_many(questions(4))
+    routes = [editor.explain(editor.encode(picture(), QUESTIONS[0], target)) for target in ("heart", "a longer answer of words")]
+    plain = editor.explain(editor.encode(picture(), QUESTIONS[0]))
+    assert len(plain[0]) == 4
+    for route in routes:
+        for a, b in zip(route[0], plain[0]):
+            assert a["id"] == b["id"] and a["weight"] == pytest.approx(b["weight"], abs=1e-5)
+
+
+def test_prompt_rows_follow_the_image_or_else_the_leading_special_tokens():
+    ids = torch.tensor([[1, 9, 7, 7, 4, 5, 6], [2, 1, 4, 5, 6, 7, 7], [2, 2, 1, 4, 5, 6, 8]])
+    labels = torch.tensor([[-100] * 6 + [6], [-100] * 7, [-100] * 7])
+    masks = row_masks(ids, (ids != 2).long(), labels, 7, torch.tensor([1, 2]))
+    assert masks.prompt.long().tolist() == [[0, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
+    assert masks.image.sum().item() == 4 and masks.answer.sum().item() == 1
+
+
+def test_layer_outputs_as_tensor_and_as_tuple():
+    hidden, new = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
+    assert hidden_of(hidden) is hidden and hidden_of((hidden, "cache")) is hidden
+    assert with_hidden(hidden, new) is new and with_hidden((hidden, "cache"), new) == (new, "cache")
+
+
+# ------------------------------------------------------------------------------------------------ the repository
+
+
+def test_edits_in_batches_make_the_same_experts(base):
+    editors = [strong_editor(*base) for _ in range(1)]
+    one = editors[0]
+    asked = questions(5)
+    one.edit_many(asked)
+    batched = {name: getattr(one.experts, name).clone() for name in ExpertRepository.TENSORS}
+    one.reset()
+    for q in asked:
+        one.edit(*q)
+    one.detach()
+    for name, tensor in batched.items():
+        assert_close(getattr(one.experts, name), tensor)
+
+
+def test_order_of_edits_does_not_matter_and_forget_undoes(editor):
+    inputs = editor.encode([picture(0), picture(1)], QUESTIONS[:2])
+    original, asked = logits_of(editor, inputs), questions(20)
+    editor.edit_many(asked)
+    forward = logits_of(editor, inputs)
+    editor.reset()
+    assert_same(logits_of(editor, inputs), original)
+    backward = editor.edit_many(asked[::-1])
+    assert_close(logits_of(editor, inputs), forward, 2e-3)
+    extra = editor.edit_many(questions(3, start=40))
+    assert not torch.allclose(logits_of(editor, inputs), forward, atol=2e-3), "three edits more changed nothing"
+    for edit in (extra[1], extra[0], extra[2]):
+        editor.forget(edit.id)
+    assert_close(logits_of(editor, inputs), forward, 2e-3)
+    assert [e.id for e in editor.edits()] == [e.id for e in backward]
+    with pytest.raises(KeyError, match="no edit with id"):
+        editor.forget(extra[0].id)
+
+
+def test_the_newest_edit_of_a_fact_wins_and_forgetting_it_brings_the_older_back(editor):
+    inputs = editor.encode(picture(), QUESTIONS[0])
+    old = editor.edit(picture(), QUESTIONS[0], "heart")
+    with_old = logits_of(editor, inputs)
+    middle, new = editor.edit_many([(picture(), "what  shape is THIS?", "ring"), (picture(), QUESTIONS[0], "blicket")])
+    assert (middle.superseded, new.superseded) == (old.id, middle.id) and [e.id for e in editor.edits()] == [new.id]
+    with_new = logits_of(editor, inputs)
+    editor.forget(middle.id)
+    assert_same(logits_of(editor, inputs), with_new)
+    editor.forget(new.id)
+    assert_same(logits_of(editor, inputs), with_old)
+    other = editor.edit(picture(), QUESTIONS[1], "red")
+    assert other.superseded is None and len(editor.edits()) == 2
+
+
+def test_repository_is_a_list_of_experts_under_random_use():
+    rng = random.Random(0)
+    repository, reference = ExpertRepository({name: (2, 3) for name in ExpertRepository.TENSORS}), {}
+    for step in range(400):
+        if reference and rng.random() < 0.45:
+            gone = rng.choice(sorted(reference))
+            assert repository.remove(gone).id == gone
+            del reference[gone]
+        else:
+            values = torch.randn(1, 2, 3)
+            edit = Edit(repository.next_id, rng.choice("abcdef"), "x", "image", 0.0)
+            repository.add({name: values for name in ExpertRepository.TENSORS}, [edit])
+            reference[edit.id] = (edit.prompt, values[0])
+        newest = {prompt: max(i for i, (p, _) in reference.items() if p == prompt) for prompt, _ in reference.values()}
+        assert {e.id for e in repository.edits} == set(reference) and len(repository.U) == len(reference)
+        for slot, edit in enumerate(repository.edits):
+            assert torch.equal(repository.text_keys[slot], reference[edit.id][1])
+            assert repository.active[slot].item() == (newest[edit.prompt] == edit.id)
+
+
+def test_saved_and_loaded_editors_answer_identically(base, tmp_path):
+    model, processor = base
+    editor = strong_editor(model, processor)
+    editor.edit_many(questions(3))
+    old = editor.edit(picture(), QUESTIONS[0], "ring")
+    editor.forget(editor.edit(picture(9), QUESTIONS[0], "gone").id)
+    inputs = editor.encode([picture(0), picture(1)], QUESTIONS[:2])
+    expected, edits = logits_of(editor, inputs), editor.edits()
+    editor.save_pretrained(tmp_path)
+    editor.save_pretrained(tmp_path)
+    editor.detach()
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"], "leftovers of an older save"
+    loaded = LiveEdit.from_pretrained(model, processor, tmp_path)
+    assert_same(logits_of(loaded, inputs), expected)
+    assert loaded.edits() == edits and loaded.edit(picture(), "New?", "yes").id == old.id + 2
+    loaded.forget(old.id)
+    assert len(loaded.edits()) == 4, "the superseded edit did not come back"
+    loaded.detach()
+
+
+def test_a_crash_while_saving_keeps_the_older_save(base, tmp_path):
+    code = (f"import sys, os; sys.path.insert(0, {str(HERE)!r}); from test_liveedit import *; import liveedit\n"
+            f"model, processor = AutoModelForImageTextToText.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)\n"
+            f"editor = strong_editor(model, processor); editor.edit_many(questions(1)); editor.save_pretrained({str(tmp_path)!r})\n"
+            f"editor.edit_many(questions(2, 5)); moment = sys.argv[1]\n"
+            "if moment == 'weights': liveedit.save_file = lambda t, p, metadata: (open(p, 'wb').write(b'half'), os._exit(9))\n"
+            "else: liveedit.os.replace = lambda *a: os._exit(9)\n"
+            f"editor.save_pretrained({str(tmp_path)!r})")
+    for moment in ("weights", "config"):
+        assert subprocess.run([sys.executable, "-c", code, moment], capture_output=True).returncode == 9
+        editor = LiveEdit.from_pretrained(*base, tmp_path)
+        editor.detach()
+        assert [e.target for e in editor.edits()] == ["answer 0"]
+
+
+def test_loading_says_what_does_not_fit(base, tmp_path):
+    model, processor = base
+    with pytest.raises(FileNotFoundError, match=CONFIG_FILE):
+        LiveEdit.from_pretrained(model, processor, tmp_path)
+    editor = strong_editor(model, processor)
+    editor.save_pretrained(tmp_path)
+    editor.detach()
+    content = json.loads((tmp_path / CONFIG_FILE).read_text())
+    content["backbone"]["hidden_size"] = 4096
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(content))
+    hooks = len(model._forward_hooks)
+    with pytest.raises(ValueError, match="hidden_size 4096 .here 128"):
+        LiveEdit.from_pretrained(model, processor, tmp_path)
+    assert len(model._forward_hooks) == hooks
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(layer=6), "layers 0 to 5"), (dict(rank=0), "rank"), (dict(heads=7), "heads=7"), (dict(similarity="l2"), "similarity"),
+    (dict(threshold=2.0), "threshold"), (dict(gain=0.0), "gain")])
+def test_wrong_config_is_named(base, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        LiveEdit(*base, LiveEditConfig(**(dict(module_dim=64) | wrong)))
+    assert not base[0]._forward_hooks
+
+
+@pytest.mark.parametrize("image, prompt, target, error", [
+    (None, "What?", "x", "has no image"), ("cat.png", "What?", "x", "PIL image"), (picture(), " ", "x", "prompt"), (picture(), "What?", "", "target"),
+    (picture(), "What?", None, "target"), (picture(), "<image> What?", "x", "image token"), (picture(), 3, "x", "prompt")])
+def test_wrong_edits_are_refused_and_change_nothing(editor, image, prompt, target, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        editor.edit(image, prompt, target)
+    assert len(editor.experts) == 0 and len(editor.model._forward_hooks) == 1
+
+
+def test_an_untrained_editor_refuses_to_edit(base):
+    editor = LiveEdit(*base, LiveEditConfig(module_dim=64))
+    editor.detach()
+    with pytest.raises(RuntimeError, match="never trained"):
+        editor.edit(picture(), "What?", "x")
+
+
+def test_models_without_decoder_layers_or_image_token_are_refused(base):
+    with pytest.raises(TypeError, match="layers"):
+        find_decoder_layers(torch.nn.Linear(2, 2))
+    token, base[0].config.image_token_id = base[0].config.image_token_id, None
+    try:
+        with pytest.raises(TypeError, match="image_token_id"):
+            LiveEdit(*base, LiveEditConfig(module_dim=64))
+    finally:
+        base[0].config.image_token_id = token
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize("layer", [0, 3, 5])
+def test_upper_layers_continue_where_the_lower_ones_stopped(base, layer):
+    editor = strong_editor(*base, layer=layer)
+    asked = questions(5) + [Question(None, "What is 3 plus 4?", "7")]
+    inputs = editor.encode(*map(list, zip(*asked)))
+    logits = logits_of(editor, inputs)[:, :-1][(inputs["labels"] != -100)[:, 1:]]
+    states = editor.capture(asked)
+    assert_close(editor._upper(states.hidden, states), logits, 1e-4)
+    chunked = editor.capture(asked, batch_size=2)
+    assert_close(editor._upper(chunked.hidden, chunked), logits)
+    rows = torch.tensor([4, 0])
+    part = chunked.select(rows)
+    expected = torch.cat([logits[(states.masks.answer.nonzero()[:, 0] == r)] for r in rows])
+    assert_close(editor._upper(part.hidden, part), expected)
+    editor.detach()
+
+
+def training_batch(editor, count=4, cached=True):
+    samples = data.drawn_training(count, seed=5)
+    limit, run.CACHE_BYTES = run.CACHE_BYTES, 2**30 if cached else 0
+    training_set = run.TrainingSet(editor, samples)
+    run.CACHE_BYTES = limit
+    assert training_set.cached == cached
+    return training_set.batch([2, 0, 3])
+
+
+def test_training_reaches_all_of_the_editor_and_nothing_of_the_model(base):
+    for similarity in ("cosine", "dot"):
+        editor = strong_editor(*base, similarity=similarity, threshold=None)
+        losses = editor.training_losses(*training_batch(editor))
+        losses["total"].backward()
+        assert losses["total"].item() == pytest.approx(sum(v.item() for k, v in losses.items() if k != "total"), rel=1e-5)
+        for name, parameter in editor.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, f"{name} gets no gradient"
+        assert all(p.grad is None and not p.requires_grad for p in editor.model.parameters())
+        assert not {id(p) for p in editor.parameters()} & {id(p) for p in editor.model.parameters()}
+        editor.detach()
+
+
+def test_cached_hidden_states_train_like_fresh_ones(base):
+    editor = strong_editor(*base)
+    losses = []
+    for cached in (True, False):
+        batch = training_batch(editor, cached=cached)
+        torch.manual_seed(3)
+        losses.append(editor.training_losses(*batch))
+    editor.detach()
+    for name, value in losses[0].items():
+        assert value.item() == pytest.approx(losses[1][name].item(), rel=1e-3, abs=1e-4), name
+
+
+def test_locality_loss_is_zero_for_silent_experts_and_a_kl_divergence_else(base):
+    editor = strong_editor(*base)
+    states, role, owner, _ = training_batch(editor)
+    follows = (role == EDIT) | (role == GENERALITY)
+    silent = editor._editing_losses(states.hidden, states, follows, role, 3)
+    assert silent["locality"].item() == pytest.approx(0, abs=1e-5) and silent["reliability"].item() > 0
+    noisy = editor._editing_losses(states.hidden + torch.randn_like(states.hidden), states, follows, role, 3)
+    base_logits, new = (editor._upper(h, states).log_softmax(-1) for h in (states.hidden, states.hidden))
+    assert noisy["locality"].item() > 0
+    editor.detach()
+
+
+def test_a_batch_of_one_is_refused(base):
+    editor = strong_editor(*base)
+    states = editor.capture(questions(1))
+    with pytest.raises(ValueError, match="at least two"):
+        editor.training_losses(states, torch.tensor([EDIT]), torch.tensor([0]))
+    editor.detach()
+
+
+@pytest.fixture(scope="session")
+def trained(base):
+    """An editor after some seconds of training on few samples, tested on these: it must have learned what an edit is."""
+    torch.manual_seed(0)
+    model, processor = base
+    editor = LiveEdit(model, processor, LiveEditConfig(module_dim=128, sentinel_tokens=36))
+    samples = data.drawn_training(48, seed=1)
+    run.train(editor, samples, run.Options(train_steps=150, batch_size=12))
+    editor.detach()
+    return editor, samples
+
+
+def test_ten_edits_hold_spread_and_leave_the_rest(trained):
+    editor, samples = trained
+    samples = samples[:10]
+    editor.attach()
+    for sample in samples:
+        editor.edit(*run.question(sample.edit))
+    results = {}
+    for name in ("reliability", "text_generality", "modal_generality", "modal_locality"):
+        queries = [s.queries[name] for s in samples]
+        after = run.answer(editor, queries, 20)
+        with editor.disabled():
+            before = run.answer(editor, queries, 20)
+        results[name] = sum(run.score(name, q, b, a)[0] for q, b, a in zip(queries, before, after)) / len(queries)
+    editor.reset()
+    editor.detach()
+    assert results["reliability"] > 0.9 and min(results.values()) > 0.7, results
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def test_the_drawn_benchmark_keeps_its_promises():
+    training, stream = data.drawn_training(1500, 0), data.drawn_stream(500, 0)
+    scene_of = lambda q: q.image.scene if q.image else None
+    scenes = [{scene_of(q) for s in part for q in s.queries.values()} - {None} for part in (training, stream)]
+    assert not scenes[0] & scenes[1], "a scene of the evaluation is in training"
+    held_out = {p for phrases in data.PHRASINGS.values() for p in phrases[-data.HELD_OUT:]}
+    assert not held_out & {q.prompt for s in training for q in s.queries.values()}
+    assert all(s.queries["text_generality"].prompt in held_out for s in stream)
+    edited = [s.edit.fact for s in stream]
+    assert len(set(edited)) == 500 and not set(edited) & set().union(*(s.untouched_facts() for s in stream))
+    assert {s.kind for s in stream} == set(data.KINDS)
+    for s in stream:
+        q = s.queries
+        scene = scene_of(s.edit)
+        assert s.edit.target != scene.answer(s.edit.fact[1]) and q["text_generality"].prompt != s.edit.prompt
+        assert scene_of(q["modal_generality"]) == scene and q["modal_generality"].image != s.edit.image
+        assert q["same_image"].image == s.edit.image and q["same_image"].fact[1] != s.edit.fact[1]
+        assert scene_of(q["similar_image"]).differences(scene) == 1 and q["similar_image"].prompt == s.edit.prompt
+        assert scene_of(q["modal_locality"]).differences(scene) == 3
+        assert q["no_image"].image is None and q["no_image"].prompt == s.edit.prompt
+    with pytest.raises(ValueError, match="no room"):
+        data.drawn_stream(5000, 0)
+
+
+def test_same_seed_same_benchmark_in_any_process():
+    code = ("import sys, hashlib; sys.path.insert(0, %r); import data\n"
+            "s = data.drawn_stream(30, 3)\n"
+            "print(hashlib.sha256(repr([x.queries for x in s]).encode() + s[0].edit.image.open().tobytes()).hexdigest())" % str(HERE))
+    digests = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert len(digests) == 1 and data.drawn_stream(30, 3) != data.drawn_stream(30, 4)
+
+
+def test_batches_contradict_nowhere_and_use_all_samples():
+    samples, seen = data.drawn_training(300, 0), set()
+    batches = data.consistent_batches(samples, 32, random.Random(0))
+    for batch in (next(batches) for _ in range(30)):
+        facts = [samples[i].edit.fact for i in batch]
+        assert len(set(batch)) == 32 == len(set(facts)) and not set(facts) & set().union(*(samples[i].untouched_facts() for i in batch))
+        seen |= set(batch)
+    assert len(seen) > 290
+    with pytest.raises(ValueError, match="smaller batch"):
+        next(data.consistent_batches([samples[0]] * 5, 2, random.Random(0)))
+
+
+RECORD = {"src": "What is it?", "pred": "cat", "alt": "dog", "rephrase": "Name it.", "image": "a.png", "image_rephrase": "b.png",
+          "loc": "nq question: how many legs has a spider", "loc_ans": "eight", "m_loc": "c.png", "m_loc_q": "What color is it?", "m_loc_a": "red"}
+
+
+def benchmark_folder(folder: Path, records) -> Path:
+    (folder / "images").mkdir(parents=True)
+    for i, name in enumerate("abc"):
+        picture(i).save(folder / "images" / f"{name}.png")
+    for part in ("train", "eval"):
+        (folder / f"{part}.json").write_text(records if isinstance(records, str) else json.dumps(records))
+    return folder
+
+
+def test_records_become_samples(tmp_path):
+    folder = benchmark_folder(tmp_path / "set", [RECORD])
+    (sample,) = data.read_records(folder / "eval.json", folder / "images")
+    assert sample.edit.target == "dog" and sample.queries["text_locality"].prompt == "how many legs has a spider?"
+    assert sample.queries["modal_generality"].fact == sample.edit.fact != sample.queries["similar_image"].fact
+    assert sample.edit.image.open().mode == "RGB"
+
+
+@pytest.mark.parametrize("records, message", [
+    ("[{", "no JSON"), ("{}", "list of records"), ("[]", "list of records"), ([RECORD, 5], "record 1 is no object"),
+    ([RECORD | {"alt": ""}], "record 0 lacks a text in alt"), ([{k: v for k, v in RECORD.items() if k != "loc"}], "lacks a text in loc"),
+    ([RECORD | {"image": "no.png"}], r"missing pictures.*\(1\).*no.png"), ([RECORD | {"m_loc": "bad.png"}], r"decoded \(1\).*bad.png")])
+def test_bad_benchmark_files_are_named_before_any_work(tmp_path, records, message):
+    folder = benchmark_folder(tmp_path / "set", records)
+    (folder / "images" / "bad.png").write_bytes((folder / "images" / "a.png").read_bytes()[:200])
+    with pytest.raises(ValueError, match=message):
+        data.read_records(folder / "eval.json", folder / "images")
+    result = command("--data", str(folder), "--train-steps", "1")
+    assert result.returncode == 1 and re.search(message, result.stderr) and "Traceback" not in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------ metrics and the main job
+
+
+def test_metrics_are_their_definitions():
+    assert run.normalise("  A Red, star. ") == "red star" and run.token_accuracy([1, 2, 3], [1, 5, 3]) == pytest.approx(2 / 3)
+    query = data.Query(None, "?", "the heart", ())
+    before, after = run.Answer([4, 5], [7, 8], "Star"), run.Answer([4, 8], [7, 8], "Heart!")
+    assert run.score("reliability", query, before, after) == (0.5, 1.0)
+    assert run.score("same_image", query, before, after) == (0.5, 0.0)
+    assert run.score("same_image", query, before, run.Answer([4, 5], [7, 8], "a star")) == (1.0, 1.0)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(HERE / "run.py"), *arguments], capture_output=True, text=True, cwd=HERE)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--edits", "0"], "--edits must be at least 1"), (["--model", "/no/such/folder"], "/no/such/folder"), (["--edit", "5"], "unrecognized"),
+    (["--dtype", "float17"], "--dtype"), (["--data", "/no/such/folder"], "no annotation file"), (["--editor", "/no/such/folder"], "no saved editor"),
+    (["--edits", "5000"], "no room"), (["--learning-rate", "-1"], "--learning-rate"), (["--layer", "9", "--train-samples", "20"], "layers 0 to 5")])
+def test_wrong_options_end_in_one_sentence(arguments, message):
+    result = command(*arguments)
+    assert result.returncode and message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    result = command("--edits", "12", "--train-steps", "20", "--train-samples", "60", "--batch-size", "6", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    assert "12 edits" in result.stdout and "Rel" in result.stdout
+    return out
+
+
+def test_the_main_job_writes_what_it_promises(small_run):
+    metrics = json.loads((small_run / "metrics.json").read_text())
+    assert [row["edits"] for row in metrics["rows"]] == [0, 1, 10, 12]
+    assert [row["n"] for row in metrics["rows"]] == [12, 12, 10, 12]
+    names = {*data.QUERY_NAMES, "average"}
+    for row in metrics["rows"]:
+        assert set(row["teacher_forced"]) == set(row["free_running"]) == names and set(row["by_kind"]) <= set(data.KINDS)
+        for way in ("teacher_forced", "free_running"):
+            assert row[way]["text_locality"] == row[way]["no_image"] == 100
+            assert row[way]["average"] == pytest.approx(sum(row[way][name] for name in run.MAIN_METRICS) / 5)
+    assert metrics["bytes_per_edit"] == 4 * (2 * 4 * 128 + 2 * 4 * 128) and metrics["seconds_per_edit"] > 0 and metrics["training"]["steps"] == 20
+    lines = [json.loads(line) for line in (small_run / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 8 * (12 + 12 + 10 + 12) and {"prompt", "expected", "before", "after"} <= set(lines[0])
+    assert Image.open(small_run / "edits.png").width > 500
+
+
+def test_a_saved_editor_gives_the_same_stream_again(small_run, tmp_path):
+    result = command("--edits", "12", "--editor", str(small_run / "editor"), "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads((folder / "metrics.json").read_text())["rows"] for folder in (small_run, tmp_path)]
+    assert rows[0] == rows[1]
+
+
+def test_the_main_job_runs_on_benchmark_files(tmp_path):
+    records = [RECORD | {"src": f"What is it, {i}?", "loc": f"how much is {i} and 1"} for i in range(6)]
+    folder = benchmark_folder(tmp_path / "set", records)
+    result = command("--data", str(folder), "--train-steps", "2", "--batch-size", "2", "--out", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    row = json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"][-1]
+    assert row["edits"] == 6 and row["teacher_forced"]["text_locality"] == 100
+
+
+def test_readme_python_runs(small_run, tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    block = block.replace('"output/editor"', repr(str(small_run / "editor")))
+    result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == 0, result.stderr
+
+
+# ------------------------------------------------------------------------------------------------ the tiny LLaVA
+
+
+def test_the_tiny_llava_speaks_any_text(base):
+    tokenizer = base[1].tokenizer
+    for text in ("naïve café", "漢字 🙂", "a\tb\n c", "Ωmega", "blicket zorp", "\u200bx"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == text and (tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids)
+
+
+def test_the_tiny_llava_is_small_and_answers(base):
+    assert sum(f.stat().st_size for f in TINY.iterdir()) <= 4_000_000
+    drawings = [data.Drawing(s, 77) for s in random.Random(0).sample(data.SCENES, 60)]
+    with LiveEdit(*base, LiveEditConfig(module_dim=64)).disabled():
+        pass
+    editor = strong_editor(*base)
+    queries = [data.Query(d, random.Random(i).choice(data.PHRASINGS[f]), d.scene.answer(f), ()) for i, d in enumerate(drawings) for f in data.FAMILIES]
+    right = [run.normalise(a.generated) == run.normalise(q.target) for q, a in zip(queries, run.answer(editor, queries, 20))]
+    editor.detach()
+    assert sum(right) / len(right) > 0.95, f"only {sum(right)} of {len(right)} right"
