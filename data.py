@@ -155,7 +155,7 @@ class Drawing:
         shade = lambda name: tuple(min(255, max(0, c + rng.randint(-10, 10))) for c in COLORS[name])
         side = 2 * CANVAS
         image = Image.new("RGB", (side, side), shade(self.scene.background))
-        radius = side * rng.uniform(0.25, 0.42)
+        radius = side * rng.uniform(0.28, 0.45)
         x, y = (rng.uniform(radius, side - radius) for _ in range(2))
         turn = rng.uniform(0, 2 * math.pi)
         cos, sin = radius * math.cos(turn), radius * math.sin(turn)

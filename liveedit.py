@@ -304,6 +304,7 @@ class LiveEdit(nn.Module):
         self.trained_steps = 0
         self._special_ids = torch.tensor(sorted(processor.tokenizer.all_special_ids))
         self._handles: list = []
+        self._disabled = 0  # how many `disabled()` blocks are open
         self._call: _Call | None = None
         self._routes = weakref.WeakKeyDictionary()  # KV cache of a prefill -> its routing
         self._uncached: _Call | None = None  # the last prefill without a cache
@@ -332,18 +333,18 @@ class LiveEdit(nn.Module):
 
     @contextlib.contextmanager
     def disabled(self):
-        """Inside, the model is the original, exactly."""
-        attached = bool(self._handles)
-        self.detach()
+        """Inside, the model is the original, exactly. The hooks stay where they are, so their order among others' hooks does too."""
+        self._disabled += 1
         try:
             yield self.model
         finally:
-            if attached:
-                self.attach()
+            self._disabled -= 1
 
     def _before_model(self, model, args, kwargs):
         """Prefill or decoding? Which rows are image, prompt and answer?"""
         self._call = None
+        if self._disabled:
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
@@ -378,7 +379,7 @@ class LiveEdit(nn.Module):
         return routing
 
     def _after_layer(self, layer, args, output):
-        if not len(self.experts):
+        if self._disabled or not len(self.experts):
             return None
         if self._call is None:
             raise RuntimeError("the edit layer was called without the top-level model: LiveEdit routes calls of the whole model only")

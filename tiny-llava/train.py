@@ -142,7 +142,10 @@ def draw(processor: LlavaProcessor, drawings: list[Drawing]) -> torch.Tensor:
 
 
 def train_vision(model: LlavaForConditionalGeneration, pixels: torch.Tensor, drawings: list[Drawing], steps: int) -> None:
-    """The mean of the patch states must name shape, color and background; turned and mirrored pictures keep their names."""
+    """The mean of the patch states must name shape, color and background; turned and mirrored pictures keep their names.
+
+    In the second half every patch must name them too: a language model finds the facts wherever it looks.
+    """
     names = (list(SHAPES), list(COLORS), list(COLORS))
     labels = torch.tensor([[n.index(v) for n, v in zip(names, (d.scene.shape, d.scene.color, d.scene.background))] for d in drawings])
     tower, heads = model.model.vision_tower, torch.nn.Linear(128, sum(map(len, names)))
@@ -157,6 +160,10 @@ def train_vision(model: LlavaForConditionalGeneration, pixels: torch.Tensor, dra
         states = tower(pixel_values=batch, output_hidden_states=True).hidden_states[-1][:, 1:]
         logits = heads(states.mean(1)).split([len(n) for n in names], dim=1)
         loss = sum(F.cross_entropy(l, y, label_smoothing=0.02) for l, y in zip(logits, labels[rows].T))
+        if step >= steps // 2:
+            some = states[:, torch.randperm(states.shape[1])[:8]]
+            patch_logits = heads(some).flatten(0, 1).split([len(n) for n in names], dim=1)
+            loss = loss + sum(F.cross_entropy(l, y.repeat_interleave(8), label_smoothing=0.02) for l, y in zip(patch_logits, labels[rows].T))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -234,6 +241,8 @@ def train_language(model: LlavaForConditionalGeneration, processor: LlavaProcess
                    drawings: list[Drawing], steps: int, batch_size: int, rng: random.Random) -> None:
     packer = Packer(processor.tokenizer, features.shape[1])
     language, head, projector = model.model.language_model, model.lm_head, model.model.multi_modal_projector
+    with torch.no_grad():  # pictures as loud as words
+        projector.linear_2.weight /= projector(features[:100].float()).std()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     plan, bar = schedule(optimizer, steps), tqdm(range(steps), desc="projector and language model")
@@ -318,8 +327,8 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, default=FOLDER)
     options.add_argument("--drawings", type=int, default=60_000)
-    options.add_argument("--vision-steps", type=int, default=4500)
-    options.add_argument("--language-steps", type=int, default=1600)
+    options.add_argument("--vision-steps", type=int, default=6000)
+    options.add_argument("--language-steps", type=int, default=1500)
     options.add_argument("--batch-size", type=int, default=32, help="pictures per step of stage 3")
     args = options.parse_args()
     if sys.platform == "linux":  # keep freed blocks: glibc otherwise returns and re-faults them at every step
