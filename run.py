@@ -2,7 +2,7 @@
 
     python run.py                                  tiny-llava, 500 edits of the drawn world
     python run.py --data FOLDER                    FOLDER holds train.json, eval.json and images/ (E-VQA's 11 fields)
-    python run.py --editor output/editor           stream into an editor that was trained before
+    python run.py --editor output/editor --out again      stream into an editor that was trained before
 
 Writes metrics.json, predictions.jsonl, edits.png and the editor to the output folder.
 """
@@ -74,6 +74,8 @@ def parse_options(arguments: list[str] | None = None) -> Options:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(options, name)}")
     if not options.learning_rate > 0:
         parser.error(f"--learning-rate must be positive, not {options.learning_rate}")
+    if options.editor and options.editor.resolve() == (options.out / "editor").resolve():
+        parser.error(f"--out {options.out} would overwrite the edits in --editor {options.editor}; choose another --out")
     if options.dtype != "auto" and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
         parser.error(f"--dtype must be auto, float32, bfloat16 or float16, not {options.dtype}")
     return options
@@ -151,7 +153,7 @@ class TrainingSet:
 
 
 def train(editor: LiveEdit, samples: list[EditSample], options: Options) -> dict:
-    """Adam on all losses of the method; the learning rate falls to a tenth for the last fifth of the steps."""
+    """Adam on all losses of the method; after a short warm-up the learning rate falls along a cosine."""
     start = time.time()
     batch_size = min(options.batch_size, len(samples))
     batches = consistent_batches(samples, batch_size, random.Random(options.seed))
@@ -160,8 +162,7 @@ def train(editor: LiveEdit, samples: list[EditSample], options: Options) -> dict
     prepared = time.time()
     parameters = [p for p in editor.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, fused=True)
-    cut = 0.8 * options.train_steps
-    rate = lambda step: min(1.0, (step + 1) / 50) * (0.5 * (1 + math.cos(math.pi * step / options.train_steps)))
+    rate = lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / options.train_steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     bar = tqdm(range(options.train_steps), desc="training the editor")
     running: dict[str, float] = {}
@@ -253,11 +254,10 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: Options) -> tu
     flat = [(s, name, q) for s in stream for name, q in s.queries.items()]
     tokenizer = editor.processor.tokenizer
     longest = 4 + max(len(tokenizer(" " + q.target, add_special_tokens=False).input_ids) for _, _, q in flat)
-    size = ANSWERS_AT_ONCE
     before: dict[int, Answer] = {}
     with editor.disabled():
-        for start in tqdm(range(0, len(flat), size), desc="answers before editing"):
-            chunk = flat[start:start + size]
+        for start in tqdm(range(0, len(flat), ANSWERS_AT_ONCE), desc="answers before editing"):
+            chunk = flat[start:start + ANSWERS_AT_ONCE]
             before |= {id(q): a for (_, _, q), a in zip(chunk, answer(editor, [q for _, _, q in chunk], longest))}
     predictions: list[dict] = []
     rows = [report_row(0, judge(stream, 0, before, before, predictions), None)]
@@ -350,30 +350,27 @@ def picture(stream: list[EditSample], predictions: list[dict], file: Path, shown
     """Some edits with their image, question, answers before and after, a rephrasing, another picture and a neighbor."""
     names = ("reliability", "text_generality", "modal_generality", "same_image", "similar_image")
     titles = ("edit", "rephrased", "another picture", "same image", "similar image")
-    final = predictions[-sum(len(s.queries) for s in stream):]
-    by_query = {}
-    for sample in stream:
-        for name in sample.queries:
-            by_query[id(sample), name] = final[len(by_query)]
-    order = sorted(range(len(stream)), key=lambda i: (i // 12, [stream[j].kind for j in range(i)].count(stream[i].kind)))[:shown]
+    final = iter(predictions[-sum(len(s.queries) for s in stream):])
+    results = [{name: next(final) for name in sample.queries} for sample in stream]
+    kinds = sorted({s.kind for s in stream})
+    chosen = [i for kind in kinds for i in [i for i, s in enumerate(stream) if s.kind == kind][:shown // len(kinds)]]
     cell, height, side = 230, 178, 96
     font = ImageFont.load_default(12)
-    sheet = Image.new("RGB", (cell * len(names) + 10, 24 + height * len(order)), "white")
+    sheet = Image.new("RGB", (cell * len(names) + 10, 24 + height * len(chosen)), "white")
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         pen.text((10 + column * cell, 5), title, fill="black", font=font)
-    for row, i in enumerate(order):
+    for row, i in enumerate(chosen):
         for column, name in enumerate(names):
             if name not in stream[i].queries:
                 continue
-            result, x, y = by_query[id(stream[i]), name], 10 + column * cell, 24 + row * height
+            result, x, y = results[i][name], 10 + column * cell, 24 + row * height
             sheet.paste(stream[i].queries[name].image.open().resize((side, side)), (x, y))
             lines = [result["prompt"], f"before: {result['before']}", f"after: {result['after']}"]
             for k, line in enumerate(lines):
-                good = k < 2 or result["free_running"] == 1
                 while pen.textlength(line, font=font) > cell - 14:
                     line = line[:-2].rstrip("….") + "…"
-                pen.text((x, y + side + 4 + 16 * k), line, fill="black" if k < 2 else "darkgreen" if good else "firebrick", font=font)
+                pen.text((x, y + side + 4 + 16 * k), line, fill="black" if k < 2 else "darkgreen" if result["free_running"] else "firebrick", font=font)
     sheet.save(file)
 
 

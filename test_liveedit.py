@@ -818,7 +818,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("arguments, message", [
     (["--edits", "0"], "--edits must be at least 1"), (["--model", "/no/such/folder"], "/no/such/folder"), (["--edit", "5"], "unrecognized"),
     (["--dtype", "float17"], "--dtype"), (["--data", "/no/such/folder"], "no annotation file"), (["--editor", "/no/such/folder"], "no saved editor"),
-    (["--edits", "5000"], "no room"), (["--learning-rate", "-1"], "--learning-rate"), (["--layer", "9", "--train-samples", "20"], "layers 0 to 5")])
+    (["--edits", "5000"], "no room"), (["--learning-rate", "-1"], "--learning-rate"),
+    (["--editor", "output/editor"], "would overwrite"), (["--layer", "9", "--train-samples", "20"], "layers 0 to 5")])
 def test_wrong_options_end_in_one_sentence(arguments, message):
     result = command(*arguments)
     assert result.returncode and message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr, result.stderr
