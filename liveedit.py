@@ -208,10 +208,10 @@ class ExpertRepository(nn.Module):
     def __len__(self) -> int:
         return len(self.edits)
 
-    def __getattr__(self, name: str) -> Tensor:
-        if name in (*self.TENSORS, "active"):
-            return super().__getattr__(f"_{name}")[:len(self.edits)]
-        return super().__getattr__(name)
+    # The slots in use of each buffer, (N, ...).
+    U, V, visual_keys, text_keys, active = (
+        property(lambda self, buffer=f"_{name}": getattr(self, buffer)[:len(self.edits)])
+        for name in ("U", "V", "visual_keys", "text_keys", "active"))
 
     def add(self, tensors: dict[str, Tensor], edits: list[Edit]) -> None:
         """Append experts, each tensor (n, ...) for n edits; an older edit of the same fact becomes inactive."""
@@ -272,7 +272,8 @@ class _Call:
 
     masks: RowMasks | None  # of a prefill; None while decoding
     routing: Routing | None = None
-    ids: Tensor | None = None  # of a prefill
+    prompt_ids: Tensor | None = None  # input_ids of the prefill
+    length: int = 0  # tokens of the sequence so far
 
 
 # Roles of the rows of a training batch.
@@ -357,17 +358,19 @@ class LiveEdit(nn.Module):
                              "Pass input_ids, or use `with editor.disabled():`")
         if past > 0:
             self._call = _Call(None, self._route_of(cache, ids))
-        elif (last := self._uncached) is not None and kwargs.get("use_cache") is False and self._extends(ids, last.ids):
+        elif kwargs.get("use_cache") is False and self._extends_uncached(ids):
             # Generation without a cache sends all ids so far at each step: the prompt's route holds.
-            self._call = replace(last, masks=None, ids=ids)
+            self._call = replace(self._uncached, masks=None, length=ids.shape[1])
         else:
             mask = kwargs.get("attention_mask")
             masks = row_masks(ids, mask, kwargs.get("labels"), model.config.image_token_id, self._special_ids.to(ids.device))
-            self._call = _Call(masks, ids=ids)
+            self._call = _Call(masks, None, ids, ids.shape[1])
 
-    @staticmethod
-    def _extends(ids: Tensor, before: Tensor) -> bool:
-        return ids.shape[1] == before.shape[1] + 1 and len(ids) == len(before) and torch.equal(ids[:, :-1], before)
+    def _extends_uncached(self, ids: Tensor) -> bool:
+        """One token more behind the same prompts? Only prompts are compared: beams swap what they have generated."""
+        last = self._uncached
+        return (last is not None and len(ids) == len(last.prompt_ids) and ids.shape[1] == last.length + 1
+                and torch.equal(ids[:, :last.prompt_ids.shape[1]], last.prompt_ids))
 
     def _route_of(self, cache, ids: Tensor) -> Routing | None:
         if cache not in self._routes:
@@ -400,7 +403,7 @@ class LiveEdit(nn.Module):
             cache = kwargs.get("past_key_values")
         if cache is not None:
             self._routes[cache] = call.routing
-        elif call.ids is not None:
+        elif call.prompt_ids is not None:
             self._uncached = call
 
     @torch.no_grad()
@@ -552,14 +555,13 @@ class LiveEdit(nn.Module):
         for q in questions:
             if q.image is None:
                 raise ValueError(f"the edit {q.prompt!r} has no image: the visual filter could never keep it")
-        made = []
-        for start in range(0, len(questions), batch_size):
-            chunk = questions[start:start + batch_size]
-            states = self.capture(chunk, batch_size)
-            edits = [Edit(self.experts.next_id + i, q.prompt, q.target, image_digest(q.image), time.time()) for i, q in enumerate(chunk)]
-            self.experts.add(self._make_experts(states), edits)
-            made += edits
-        return made
+        edits = []
+        made = [self._make_experts(self.capture(questions[i:i + batch_size])) for i in range(0, len(questions), batch_size)]
+        for q in questions:  # nothing is added before all experts are made
+            edits.append(Edit(self.experts.next_id + len(edits), q.prompt, q.target, image_digest(q.image), time.time()))
+        if edits:
+            self.experts.add({name: torch.cat([part[name] for part in made]) for name in ExpertRepository.TENSORS}, edits)
+        return edits
 
     def _make_experts(self, states: States) -> dict[str, Tensor]:
         hidden = states.hidden.float()
@@ -629,7 +631,7 @@ class LiveEdit(nn.Module):
         # Differs from the paper: all of them, not one random pick, go through the input side; they are there anyway.
         noise = torch.rand(len(role), device=role.device).masked_fill(~follows, -1)
         picks = torch.stack([torch.where(owner == b, noise, -1).argmax() for b in range(batch)])
-        visual_keys = self.router.visual_key(prompt[picks], image[picks])
+        visual_keys = self.router.visual_key(prompt.select(picks), image.select(picks))
         losses["filter"] = hard_filter_loss(
             self.router.visual_logits(self.router.visual_similarity(query.visual, visual_keys)),
             self.router.visual_logits(self.router.sentinel_similarity(query)), owner, ~follows)

@@ -25,7 +25,8 @@ class Rows(NamedTuple):
     states: Tensor
     mask: Tensor
 
-    def __getitem__(self, rows):
+    def select(self, rows) -> "Rows":
+        """The given queries."""
         return Rows(self.states[rows], self.mask[rows])
 
     @classmethod

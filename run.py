@@ -49,8 +49,8 @@ class Options:
     edits: int = 500  # edits of the stream
     editor: Path | None = None  # a saved editor to load instead of training one
     out: Path = Path("output")  # output folder
-    train_steps: int = 2000  # steps of the editor's training
-    train_samples: int = 4000  # edit samples of the drawn world to train on
+    train_steps: int = 1400  # steps of the editor's training
+    train_samples: int = 3000  # edit samples of the drawn world to train on
     batch_size: int = 32  # edits per training step
     learning_rate: float = 3e-3  # of Adam
     seed: int = 0  # of training and of the stream
@@ -144,7 +144,7 @@ class TrainingSet:
         """States, roles and owners of the pictured rows, and the prompt rows of the text-only questions."""
         device = self.editor.norm.weight.device
         if self.cached:
-            states, texts = self.states.select(torch.cat([self.rows[i] for i in chosen]).to(device)), self.texts[chosen]
+            states, texts = self.states.select(torch.cat([self.rows[i] for i in chosen]).to(device)), self.texts.select(chosen)
         else:
             states, texts = self._capture([self.samples[i] for i in chosen])
         role = torch.tensor([ROLES[name] for i in chosen for name in self.names[i]], device=device)

@@ -6,7 +6,7 @@
                               and to read and repeat words from outside the drawn world
     stage 4  measure          free-running generation on drawings of scenes that no stage has seen; writes the model card
 
-Plain Hugging Face classes throughout; nothing here knows LiveEdit. About 30 minutes on 2 CPU cores.
+Plain Hugging Face classes throughout; nothing here knows LiveEdit. About 35 minutes on 2 CPU cores.
 """
 
 import argparse
