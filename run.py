@@ -49,8 +49,8 @@ class Options:
     edits: int = 500  # edits of the stream
     editor: Path | None = None  # a saved editor to load instead of training one
     out: Path = Path("output")  # output folder
-    train_steps: int = 1400  # steps of the editor's training
-    train_samples: int = 3000  # edit samples of the drawn world to train on
+    train_steps: int = 950  # steps of the editor's training
+    train_samples: int = 10000  # edit samples of the drawn world to train on
     batch_size: int = 32  # edits per training step
     learning_rate: float = 3e-3  # of Adam
     seed: int = 0  # of training and of the stream
@@ -347,14 +347,14 @@ def table(rows: list[dict]) -> str:
 
 
 def picture(stream: list[EditSample], predictions: list[dict], file: Path, shown: int = 6) -> None:
-    """Some edits with their image, question, answers before and after, a rephrasing, another picture and a neighbor."""
+    """Some edits with their image, question, answers before and after, a rephrasing, another picture and a neighbor; wrong answers in red."""
     names = ("reliability", "text_generality", "modal_generality", "same_image", "similar_image")
     titles = ("edit", "rephrased", "another picture", "same image", "similar image")
     final = iter(predictions[-sum(len(s.queries) for s in stream):])
     results = [{name: next(final) for name in sample.queries} for sample in stream]
     kinds = sorted({s.kind for s in stream})
     chosen = [i for kind in kinds for i in [i for i, s in enumerate(stream) if s.kind == kind][:shown // len(kinds)]]
-    cell, height, side = 230, 178, 96
+    cell, height, side = 290, 186, 96
     font = ImageFont.load_default(12)
     sheet = Image.new("RGB", (cell * len(names) + 10, 24 + height * len(chosen)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -367,6 +367,7 @@ def picture(stream: list[EditSample], predictions: list[dict], file: Path, shown
             result, x, y = results[i][name], 10 + column * cell, 24 + row * height
             sheet.paste(stream[i].queries[name].image.open().resize((side, side)), (x, y))
             lines = [result["prompt"], f"before: {result['before']}", f"after: {result['after']}"]
+            lines += [] if result["free_running"] else [f"expected: {result['expected']}"]
             for k, line in enumerate(lines):
                 while pen.textlength(line, font=font) > cell - 14:
                     line = line[:-2].rstrip("….") + "…"
