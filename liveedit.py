@@ -93,6 +93,11 @@ def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+def cache_in(values: dict):
+    """The KV cache among a call's arguments or outputs: `cache` since transformers 5.24, `past_key_values` before."""
+    return values["cache"] if values.get("cache") is not None else values.get("past_key_values")
+
+
 class RowMasks(NamedTuple):
     """Which rows of the hidden states are what, each (B, T) bool."""
 
@@ -347,7 +352,7 @@ class LiveEdit(nn.Module):
         if self._disabled:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         past = int(cache.get_seq_length()) if cache is not None else 0
         if not len(self.experts):
             if past == 0:
@@ -398,9 +403,8 @@ class LiveEdit(nn.Module):
         call, self._call, self._uncached = self._call, None, None
         if call is None or output is None:
             return
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            cache = kwargs.get("past_key_values")
+        cache = cache_in(vars(output)) if hasattr(output, "logits") else None
+        cache = cache_in(kwargs) if cache is None else cache
         if cache is not None:
             self._routes[cache] = call.routing
         elif call.prompt_ids is not None:

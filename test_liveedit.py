@@ -30,8 +30,14 @@ TINY = HERE / "tiny-llava"
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def seed_and_clean_model():
     torch.manual_seed(0)
+    yield
+    while MADE:  # also after a failed test
+        MADE.pop().detach()
+
+
+MADE: list[LiveEdit] = []
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +51,7 @@ def strong_editor(model, processor, **config) -> LiveEdit:
     settings = dict(module_dim=64, sentinel_tokens=4, threshold=-1.0, gain=8.0) | config
     editor = LiveEdit(model, processor, LiveEditConfig(**settings))
     editor.trained_steps = 1
+    MADE.append(editor)
     return editor
 
 
