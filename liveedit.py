@@ -98,6 +98,11 @@ def cache_in(values: dict):
     return values["cache"] if values.get("cache") is not None else values.get("past_key_values")
 
 
+def pictures_in(kwargs: dict):
+    """The pictures of a call: `generate` sends them encoded, the same object at each step."""
+    return kwargs["pixel_values"] if kwargs.get("pixel_values") is not None else kwargs.get("mm_encoder_outputs")
+
+
 class RowMasks(NamedTuple):
     """Which rows of the hidden states are what, each (B, T) bool."""
 
@@ -110,6 +115,8 @@ def row_masks(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor |
               special_ids: Tensor) -> RowMasks:
     """Image rows; prompt rows: the other tokens behind the first image, or, where none follow, all text tokens but the
     leading special ones; answer rows: where labels are not -100. Answer rows are never prompt rows."""
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape):
+        raise ValueError("LiveEdit needs an attention_mask of the shape of input_ids (no prepared masks, no static cache with padding)")
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     image = (input_ids == image_token_id) & attended
     answer = torch.zeros_like(image) if labels is None else labels != IGNORE
@@ -273,12 +280,15 @@ class ExpertRepository(nn.Module):
 
 @dataclass
 class _Call:
-    """One call of the top-level model, from its pre-hook to its end."""
+    """One call of the top-level model, and the route that later calls may continue."""
 
     masks: RowMasks | None  # of a prefill; None while decoding
     routing: Routing | None = None
+    with_image: bool = False  # has any row of the prefill an image?
     prompt_ids: Tensor | None = None  # input_ids of the prefill
     length: int = 0  # tokens of the sequence so far
+    pictures: object = None  # what the prefill got as pictures
+    used: bool = False  # the edit layer has run
 
 
 # Roles of the rows of a training batch.
@@ -323,6 +333,8 @@ class LiveEdit(nn.Module):
         """Register the hooks. Raises RuntimeError if they are registered already."""
         if self._handles:
             raise RuntimeError("this editor is attached already; call detach() first")
+        if any(isinstance(getattr(hook, "__self__", None), LiveEdit) for hook in self.model._forward_pre_hooks.values()):
+            raise RuntimeError("another editor is attached to this model; call its detach() first")
         self._handles = [
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             self._layers[self.config.layer].register_forward_hook(self._after_layer),
@@ -349,49 +361,53 @@ class LiveEdit(nn.Module):
     def _before_model(self, model, args, kwargs):
         """Prefill or decoding? Which rows are image, prompt and answer?"""
         self._call = None
+        ids, cache, pictures = kwargs.get("input_ids", args[0] if args else None), cache_in(kwargs), pictures_in(kwargs)
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if cache is not None and past == 0:
+            self._routes.pop(cache, None)  # a cache that is filled anew
         if self._disabled:
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        cache = cache_in(kwargs)
-        past = int(cache.get_seq_length()) if cache is not None else 0
         if not len(self.experts):
             if past == 0:
-                self._call = _Call(None)
+                self._call = _Call(None, with_image=True)
             return
         if ids is None:
             raise ValueError("LiveEdit reads input_ids to find image and prompt; embeddings alone cannot be routed. "
                              "Pass input_ids, or use `with editor.disabled():`")
         if past > 0:
-            self._call = _Call(None, self._route_of(cache, ids))
-        elif kwargs.get("use_cache") is False and self._extends_uncached(ids):
+            self._call = self._continued(cache, ids)
+        elif kwargs.get("labels") is None and self._extends_uncached(ids, pictures):
             # Generation without a cache sends all ids so far at each step: the prompt's route holds.
-            self._call = replace(self._uncached, masks=None, length=ids.shape[1])
+            self._call = replace(self._uncached, masks=None, length=ids.shape[1], used=False)
         else:
-            mask = kwargs.get("attention_mask")
-            masks = row_masks(ids, mask, kwargs.get("labels"), model.config.image_token_id, self._special_ids.to(ids.device))
-            self._call = _Call(masks, None, ids, ids.shape[1])
+            masks = row_masks(ids, kwargs.get("attention_mask"), kwargs.get("labels"), model.config.image_token_id,
+                              self._special_ids.to(ids.device))
+            self._call = _Call(masks, None, bool(masks.image.any()), ids, ids.shape[1], pictures)
 
-    def _extends_uncached(self, ids: Tensor) -> bool:
-        """One token more behind the same prompts? Only prompts are compared: beams swap what they have generated."""
+    def _extends_uncached(self, ids: Tensor, pictures) -> bool:
+        """One token more behind the same prompts and pictures? Only prompts are compared: beams swap what they have generated."""
         last = self._uncached
         return (last is not None and len(ids) == len(last.prompt_ids) and ids.shape[1] == last.length + 1
-                and torch.equal(ids[:, :last.prompt_ids.shape[1]], last.prompt_ids))
+                and pictures is last.pictures and torch.equal(ids[:, :last.prompt_ids.shape[1]], last.prompt_ids))
 
-    def _route_of(self, cache, ids: Tensor) -> Routing | None:
+    def _continued(self, cache, ids: Tensor) -> "_Call":
+        """The route of the prefill that filled this cache."""
         if cache not in self._routes:
-            raise RuntimeError("this KV cache was not filled by a prefill with the edits attached; prefill the whole prompt again")
-        routing = self._routes[cache]
-        if ids.shape[1] > 1 and (routing is not None or bool((ids == self.model.config.image_token_id).any())):
+            raise RuntimeError("this KV cache was not filled by a prefill with the edits attached, or an edit was forgotten since; "
+                               "prefill the whole prompt again")
+        call = self._routes[cache]
+        if ids.shape[1] > 1 and (call.with_image or bool((ids == self.model.config.image_token_id).any())):
             raise RuntimeError(f"{ids.shape[1]} new tokens continue a KV cache: LiveEdit routes whole prompts (no chunked prefill, no "
                                "second turn on an old cache); pass the whole conversation without past_key_values")
-        return routing
+        return replace(call, masks=None, used=False)
 
     def _after_layer(self, layer, args, output):
         if self._disabled or not len(self.experts):
             return None
-        if self._call is None:
+        if self._call is None or self._call.used:
             raise RuntimeError("the edit layer was called without the top-level model: LiveEdit routes calls of the whole model only")
         hidden, call = hidden_of(output), self._call
+        call.used = True
         if call.masks is not None:
             call.routing = self._route(hidden, call.masks)
         if call.routing is None:
@@ -400,14 +416,16 @@ class LiveEdit(nn.Module):
 
     def _after_model(self, model, args, kwargs, output):
         """Keep the route of a prefill for its decoding steps. Called after an exception too, then without output."""
+        if self._disabled:
+            return
         call, self._call, self._uncached = self._call, None, None
         if call is None or output is None:
             return
         cache = cache_in(vars(output)) if hasattr(output, "logits") else None
         cache = cache_in(kwargs) if cache is None else cache
         if cache is not None:
-            self._routes[cache] = call.routing
-        elif call.prompt_ids is not None:
+            self._routes[cache] = call
+        if call.prompt_ids is not None and cache_in(kwargs) is None:
             self._uncached = call
 
     @torch.no_grad()
@@ -416,6 +434,8 @@ class LiveEdit(nn.Module):
         rows = masks.image.any(1).nonzero().flatten()
         if not len(rows):
             return None
+        if not masks.prompt[rows].any(1).all():
+            raise ValueError("a row with an image has no prompt token: labels must be -100 on the prompt")
         routing = self._routing(hidden[rows], RowMasks(*(m[rows] for m in masks)))
         if not len(routing.experts):
             return None
@@ -435,7 +455,9 @@ class LiveEdit(nn.Module):
             raise RuntimeError(f"the prefill had {len(routing.weights)} rows, this step has {len(hidden)}: prefill again")
         rows = (routing.weights > 0).any(1).nonzero().flatten()
         U, V = self.experts.U[routing.experts], self.experts.V[routing.experts]
-        residual = apply_experts(self.norm(hidden[rows].float()), U, V, routing.weights[rows])
+        # Detached: the frozen model's outputs require no gradient because of an edit.
+        normed = F.layer_norm(hidden[rows].float(), self.norm.normalized_shape, self.norm.weight.detach(), self.norm.bias.detach(), self.norm.eps)
+        residual = apply_experts(normed, U, V, routing.weights[rows])
         return hidden.index_add(0, rows, residual.to(hidden.dtype))
 
     # -------------------------------------------------------------------------------------------- model inputs
@@ -516,7 +538,7 @@ class LiveEdit(nn.Module):
 
     def _lower(self, inputs: dict) -> States:
         labels = inputs.pop("labels")
-        masks = row_masks(inputs["input_ids"], inputs["attention_mask"], labels, self.model.config.image_token_id,
+        masks = row_masks(inputs["input_ids"], inputs.get("attention_mask"), labels, self.model.config.image_token_id,
                           self._special_ids.to(labels.device))
         seen = {}
 
@@ -579,12 +601,20 @@ class LiveEdit(nn.Module):
 
     def forget(self, edit_id: int) -> Edit:
         """As if this edit had never been made: what it had replaced is in force again. Raises KeyError for an unknown id."""
-        return self.experts.remove(edit_id)
+        edit = self.experts.remove(edit_id)
+        self._forget_routes()
+        return edit
+
+    def _forget_routes(self) -> None:
+        """Kept routes hold slots of the repository: after a removal they would name other experts."""
+        self._routes.clear()
+        self._uncached = None
 
     def reset(self) -> None:
         """Forget all edits: the original model, bit for bit. Ids are not used again."""
         for edit in list(self.experts.edits)[::-1]:
             self.experts.remove(edit.id)
+        self._forget_routes()
 
     @torch.no_grad()
     def explain(self, inputs: dict) -> list[list[dict]]:
@@ -644,6 +674,7 @@ class LiveEdit(nn.Module):
         other = (owner[follows] + torch.randint(1, batch, owner[follows].shape, device=owner.device)) % batch
         losses["sigmoid"], losses["softmax"] = soft_router_loss(scores, owner[follows], other)
         losses["total"] = sum(losses.values())
+        self.trained_steps += torch.is_grad_enabled()
         return losses
 
     def _editing_losses(self, edited: Tensor, states: States, follows: Tensor, role: Tensor, batch: int) -> dict[str, Tensor]:
@@ -679,6 +710,8 @@ class LiveEdit(nn.Module):
         tensors |= {f"experts.{name}": getattr(self.experts, name) for name in ExpertRepository.TENSORS}
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         save_file(tensors, folder / weights, metadata={"edits": json.dumps([asdict(e) for e in self.experts.edits])})
+        with open(folder / weights, "rb") as file:
+            os.fsync(file.fileno())  # the weights must be on disk before the config names them
         content = {"config": asdict(self.config), "backbone": self.fingerprint(), "trained_steps": self.trained_steps,
                    "next_id": self.experts.next_id, "weights": weights}
         draft = folder / (CONFIG_FILE + ".new")

@@ -174,7 +174,6 @@ def train(editor: LiveEdit, samples: list[EditSample], options: Options) -> dict
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        editor.trained_steps += 1
         for name, value in losses.items():
             running[name] = value.item() if name not in running else 0.95 * running[name] + 0.05 * value.item()
         if not math.isfinite(running["total"]):

@@ -421,6 +421,44 @@ def test_a_second_call_never_sees_the_first_ones_route(editor):
         assert_same(logits_of(editor, pairs[i]), fresh[i])
 
 
+def test_kept_routes_end_with_forget_and_with_a_cache_filled_anew(editor):
+    edits = editor.edit_many(questions(3))
+    inputs, token = editor.encode(picture(), QUESTIONS[0]), torch.tensor([[5]])
+    cache = editor.model(**inputs, use_cache=True).past_key_values
+    editor.forget(edits[0].id)
+    with pytest.raises(RuntimeError, match="forgotten since"):
+        editor.model(input_ids=token, past_key_values=cache)
+    cache = editor.model(**inputs, use_cache=True).past_key_values
+    for layer in cache.layers:  # emptied by hand: crop(0) keeps everything
+        layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
+    assert cache.get_seq_length() == 0
+    with editor.disabled():
+        editor.model(**inputs, past_key_values=cache)
+    with pytest.raises(RuntimeError, match="not filled"):
+        editor.model(input_ids=token, past_key_values=cache)
+
+
+def test_another_picture_behind_the_same_prompt_is_routed_anew(editor):
+    editor.edit_many(questions(2))
+    first, second = editor.encode(picture(0), QUESTIONS[0]), editor.encode(picture(1), QUESTIONS[0])
+    longer = second | {"input_ids": F.pad(second["input_ids"], (0, 1), value=5), "attention_mask": F.pad(second["attention_mask"], (0, 1), value=1)}
+    expected = logits_of(editor, longer)
+    editor.model(**first, use_cache=False)
+    assert_same(logits_of(editor, longer), expected)
+
+
+def test_edited_outputs_need_no_gradient_and_two_editors_on_one_model_are_refused(editor):
+    editor.edit_many(questions(2))
+    assert not editor.model(**editor.encode(picture(), QUESTIONS[0])).logits.requires_grad
+    with pytest.raises(RuntimeError, match="another editor"):
+        LiveEdit(editor.model, editor.processor, LiveEditConfig(module_dim=64))
+    inputs = editor.encode(picture(), QUESTIONS[0])
+    with pytest.raises(ValueError, match="no prompt token"):
+        editor.model(**inputs, labels=inputs["input_ids"])
+    with pytest.raises(ValueError, match="attention_mask"):
+        editor.model(**inputs | {"attention_mask": torch.ones(1, 1, 4, 4)})
+
+
 def test_what_cannot_be_routed_is_refused(editor):
     inputs = editor.encode(picture(), QUESTIONS[0])
     with editor.disabled():
@@ -656,6 +694,7 @@ def test_training_reaches_all_of_the_editor_and_nothing_of_the_model(base):
         editor = strong_editor(*base, similarity=similarity, threshold=None)
         losses = editor.training_losses(*training_batch(editor))
         losses["total"].backward()
+        assert editor.trained_steps == 2
         assert losses["total"].item() == pytest.approx(sum(v.item() for k, v in losses.items() if k != "total"), rel=1e-5)
         for name, parameter in editor.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, f"{name} gets no gradient"
@@ -774,6 +813,9 @@ def test_batches_contradict_nowhere_and_use_all_samples():
         assert len(set(batch)) == 32 == len(set(facts)) and not set(facts) & set().union(*(samples[i].untouched_facts() for i in batch))
         seen |= set(batch)
     assert len(seen) > 290
+    few = samples[:100] + samples[:1] * 9  # one fact ten times
+    batches = data.consistent_batches(few, 32, random.Random(0))
+    assert all(len(next(batches)) == 32 for _ in range(300))
     with pytest.raises(ValueError, match="smaller batch"):
         next(data.consistent_batches([samples[0]] * 5, 2, random.Random(0)))
 
