@@ -342,8 +342,10 @@ def consistent_batches(samples: list[EditSample], size: int, rng: random.Random)
     untouched = [sample.untouched_facts() for sample in samples]
     queue: list[int] = []
     while True:
+        if len(queue) < 4 * size:
+            queue += rng.sample(range(len(samples)), len(samples))
         batch, edited, kept, skipped = [], set(), set(), []
-        for _ in range(2):  # what is left of the last rounds may not fill a batch: then a fresh round of all samples follows
+        for _ in range(2):  # what waits in the queue may not fill a batch: then a fresh round of all samples follows
             while queue and len(batch) < size:
                 i = queue.pop(0)
                 if facts[i] in edited or facts[i] in kept or edited & untouched[i]:

@@ -43,7 +43,7 @@ IGNORE = -100  # Hugging Face's label of tokens that are no answer
 class LiveEditConfig:
     """Everything that defines an editor; the defaults are the paper's for 7B models."""
 
-    layer: int | None = None  # edit layer, counted from 0; None: two thirds of the depth (21 of 32)
+    layer: int | None = None  # edit layer, counted from 0; None: two thirds of the depth (21 of 32, 3 of 6)
     module_dim: int = 1024  # width M of generator and extractors
     rank: int = 4  # rank R of an expert
     slots: int = 4  # learned queries K of each routing feature
@@ -302,7 +302,7 @@ class LiveEdit(nn.Module):
         """Attaches at once. Raises TypeError or ValueError if the model has no decoder layers or image token, or the config does not fit."""
         super().__init__()
         layers, norm = find_decoder_layers(model)
-        self.config = config = replace(config, layer=round(len(layers) * 21 / 32) if config.layer is None else config.layer)
+        self.config = config = replace(config, layer=len(layers) * 21 // 32 if config.layer is None else config.layer)
         if not 0 <= config.layer < len(layers):
             raise ValueError(f"LiveEditConfig.layer is {config.layer}, but {type(model).__name__} has layers 0 to {len(layers) - 1}")
         if getattr(model.config, "image_token_id", None) is None:

@@ -49,7 +49,7 @@ class Options:
     edits: int = 500  # edits of the stream
     editor: Path | None = None  # a saved editor to load instead of training one
     out: Path = Path("output")  # output folder
-    train_steps: int = 950  # steps of the editor's training
+    train_steps: int = 720  # steps of the editor's training
     train_samples: int = 10000  # edit samples of the drawn world to train on
     batch_size: int = 32  # edits per training step
     learning_rate: float = 3e-3  # of Adam

@@ -253,9 +253,9 @@ def test_masked_rows_change_nothing():
 
 def test_an_unedited_layer_output_is_the_same_object(base):
     model, processor = base
-    layer, outputs = find_decoder_layers(model)[0][4], []
+    layer, outputs = find_decoder_layers(model)[0][3], []
     watch = lambda: layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    before, editor, after = watch(), strong_editor(model, processor, layer=4), watch()
+    before, editor, after = watch(), strong_editor(model, processor, layer=3), watch()
     image, text = editor.encode(picture(), QUESTIONS[0]), editor.encode(None, "What is 3 plus 4?")
     try:
         logits_of(editor, image)  # no experts
@@ -276,8 +276,8 @@ def test_detached_and_disabled_are_bit_equal_and_foreign_hooks_survive(base):
     model, processor = base
     calls = []
     layers = find_decoder_layers(model)[0]
-    foreign = [model.register_forward_pre_hook(lambda m, a: calls.append("model")), layers[4].register_forward_hook(lambda m, a, o: calls.append("layer"))]
-    counts = lambda: (len(model._forward_pre_hooks), len(model._forward_hooks), len(layers[4]._forward_hooks))
+    foreign = [model.register_forward_pre_hook(lambda m, a: calls.append("model")), layers[3].register_forward_hook(lambda m, a, o: calls.append("layer"))]
+    counts = lambda: (len(model._forward_pre_hooks), len(model._forward_hooks), len(layers[3]._forward_hooks))
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     before = counts()
     editor = strong_editor(model, processor)
