@@ -338,6 +338,8 @@ def drawn_training(count: int, seed: int) -> list[EditSample]:
 def consistent_batches(samples: list[EditSample], size: int, rng: random.Random):
     """Endless batches of `size` indices into samples, each sample about equally often; in a batch no fact is edited twice
     and no locality query asks for an edited fact. Raises ValueError if the samples have no such batch."""
+    if size < 2:
+        raise ValueError(f"training needs batches of at least two edits; there are {len(samples)} training samples")
     facts = [sample.edit.fact for sample in samples]
     untouched = [sample.untouched_facts() for sample in samples]
     queue: list[int] = []

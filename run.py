@@ -17,7 +17,7 @@ import re
 import string
 import sys
 import time
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from data import (GENERALITY, KINDS, LOCALITY, QUERY_NAMES, EditSample, Query, consistent_batches, drawn_stream, drawn_training,
+from data import (KINDS, LOCALITY, QUERY_NAMES, EditSample, Query, consistent_batches, drawn_stream, drawn_training,
                   read_records)
 from liveedit import EDIT, GENERALITY as FOLLOWS, HARD_LOCALITY, LOCALITY as UNRELATED, LiveEdit, LiveEditConfig, Question, States
 from router import Rows
@@ -157,7 +157,7 @@ def train(editor: LiveEdit, samples: list[EditSample], options: Options) -> dict
     start = time.time()
     batch_size = min(options.batch_size, len(samples))
     batches = consistent_batches(samples, batch_size, random.Random(options.seed))
-    next(batches)  # a batch that cannot be made is reported before the long work
+    next(batches)  # for callers other than main, too: a batch that cannot be made is reported before the long work
     training_set = TrainingSet(editor, samples)
     prepared = time.time()
     parameters = [p for p in editor.parameters() if p.requires_grad]
@@ -389,14 +389,16 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     try:
         samples, stream = load_samples(options)
+        if not options.editor:
+            next(consistent_batches(samples, min(options.batch_size, len(samples)), random.Random(0)))  # does a batch fit together?
+        options.out.mkdir(parents=True, exist_ok=True)
         model, processor = load_model(options)
         editor = (LiveEdit.from_pretrained(model, processor, options.editor) if options.editor
                   else LiveEdit(model, processor, config_for(model, options)))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         sys.exit(f"run.py: {error}")
     print(f"{options.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, frozen; editor: "
           f"{sum(p.numel() for p in editor.parameters()) / 1e6:.2f} M parameters at layer {editor.config.layer} of {len(editor._layers)}")
-    options.out.mkdir(parents=True, exist_ok=True)
     training = None if options.editor else train(editor, samples, options)
     if training:
         editor.reset()

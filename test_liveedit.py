@@ -21,9 +21,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import data
 import run
 from generator import CrossAttention, ExpertGenerator, apply_experts
-from liveedit import (CONFIG_FILE, EDIT, GENERALITY, LOCALITY, Edit, ExpertRepository, LiveEdit, LiveEditConfig, Question, States,
+from liveedit import (CONFIG_FILE, EDIT, GENERALITY, Edit, ExpertRepository, LiveEdit, LiveEditConfig, Question,
                       find_decoder_layers, hidden_of, row_masks, with_hidden)
-from router import FeatureExtractor, Router, Rows, hard_filter_loss, nce, soft_router_loss, soft_weights, text_similarity
+from router import FeatureExtractor, Router, Rows, hard_filter_loss, soft_router_loss, soft_weights, text_similarity
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "tiny-llava"
@@ -874,7 +874,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     (["--edits", "0"], "--edits must be at least 1"), (["--model", "/no/such/folder"], "/no/such/folder"), (["--edit", "5"], "unrecognized"),
     (["--dtype", "float17"], "--dtype"), (["--data", "/no/such/folder"], "no annotation file"), (["--editor", "/no/such/folder"], "no saved editor"),
     (["--edits", "5000"], "no room"), (["--learning-rate", "-1"], "--learning-rate"),
-    (["--editor", "output/editor"], "would overwrite"), (["--layer", "9", "--train-samples", "20"], "layers 0 to 5")])
+    (["--editor", "output/editor"], "would overwrite"), (["--device", "abacus", "--train-samples", "20"], "abacus"),
+    (["--out", "README.md", "--train-samples", "20"], "README.md"), (["--layer", "9", "--train-samples", "20"], "layers 0 to 5")])
 def test_wrong_options_end_in_one_sentence(arguments, message):
     result = command(*arguments)
     assert result.returncode and message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr, result.stderr
