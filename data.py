@@ -327,12 +327,19 @@ def drawn_stream(edits: int, seed: int) -> list[EditSample]:
 
 
 def drawn_training(count: int, seed: int) -> list[EditSample]:
-    """Samples for training an editor, as several streams over the training scenes."""
+    """Samples for training an editor, as several streams over the training scenes.
+
+    Each keeps the edit, one generality query, one locality query with an image and one without: for the same work, more different
+    samples teach an editor more than more queries about each.
+    """
     scenes = split_scenes()[0]
     size = len(scenes)  # edits of one stream
     streams = [drawn_samples(min(size, count - start), scenes, f"training {seed} {start}", held_out=False)
                for start in range(0, count, size)]
-    return [sample for stream in streams for sample in stream]
+    rng = random.Random(f"queries {seed}")
+    pictured = [name for name in LOCALITY if name not in ("text_locality", "no_image")]
+    thinned = lambda queries: {name: queries[name] for name in ("reliability", rng.choice(GENERALITY), rng.choice(pictured), "text_locality")}
+    return [EditSample(sample.kind, thinned(sample.queries)) for stream in streams for sample in stream]
 
 
 def consistent_batches(samples: list[EditSample], size: int, rng: random.Random):
