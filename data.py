@@ -20,6 +20,7 @@ import math
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -27,6 +28,7 @@ QUERY_NAMES = ("reliability", "text_generality", "modal_generality", "text_local
                "same_image", "similar_image", "no_image")
 GENERALITY = QUERY_NAMES[1:3]
 LOCALITY = QUERY_NAMES[3:]
+PORTABILITY = "portability"  # beside them in samples of VLKEB's one-hop file: a question whose answer follows from the new fact
 KINDS = ("corrections", "novel_names", "captions")
 
 
@@ -263,20 +265,21 @@ def _pick(scenes: list[Scene], wanted, rng: random.Random) -> Scene:
     return scene
 
 
-def _edit_target(scene: Scene, family: str, scenes: list[Scene], rng: random.Random) -> tuple[str, str]:
+def _edit_target(scene: Scene, family: str, scenes: list[Scene], rng: random.Random, novel_share: float) -> tuple[str, str]:
     """(kind, target) of an edit that is not true of the scene."""
     if family == "caption":
         return "captions", _pick(scenes, lambda s: s.differences(scene) >= 2, rng).answer("caption")
-    if rng.random() < 0.5:
+    if rng.random() < novel_share:
         return "novel_names", novel_word(rng)
     values = SHAPES if family == "shape" else COLORS
     return "corrections", rng.choice([v for v in values if v != scene.answer(family)])
 
 
-def drawn_samples(count: int, scenes: list[Scene], seed: str, held_out: bool) -> list[EditSample]:
+def drawn_samples(count: int, scenes: list[Scene], seed: str, held_out: bool, novel_share: float = 0.5) -> list[EditSample]:
     """Edit samples about different facts of the scenes; no locality query asks for a fact that any of the samples edits.
 
     held_out: text generality on the phrasings that training never uses, and locality on all phrasings; else training phrasings only.
+    novel_share: of the edits that are no captions, how many have a made-up name as target.
     Raises ValueError if the scenes have no room for so many edits.
     """
     rng = random.Random(seed)
@@ -301,7 +304,7 @@ def drawn_samples(count: int, scenes: list[Scene], seed: str, held_out: bool) ->
     texts = text_questions()
     samples = []
     for (scene, family), similar in zip(edits, free_neighbors):
-        kind, target = _edit_target(scene, family, scenes, rng)
+        kind, target = _edit_target(scene, family, scenes, rng, novel_share)
         prompt, fact, drawing = rng.choice(trained(family)), (scene, family), draw(scene)
         rephrased = rng.choice([p for p in rephrasings(family) if p != prompt])
         _, question, answer = rng.choice(texts)
@@ -330,11 +333,11 @@ def drawn_training(count: int, seed: int) -> list[EditSample]:
     """Samples for training an editor, as several streams over the training scenes.
 
     Each keeps the edit, one generality query, one locality query with an image and one without: for the same work, more different
-    samples teach an editor more than more queries about each.
+    samples teach an editor more than more queries about each. Made-up names, which are learned last, come more often than in the evaluation.
     """
     scenes = split_scenes()[0]
     size = len(scenes)  # edits of one stream
-    streams = [drawn_samples(min(size, count - start), scenes, f"training {seed} {start}", held_out=False)
+    streams = [drawn_samples(min(size, count - start), scenes, f"training {seed} {start}", held_out=False, novel_share=0.65)
                for start in range(0, count, size)]
     rng = random.Random(f"queries {seed}")
     pictured = [name for name in LOCALITY if name not in ("text_locality", "no_image")]
@@ -376,6 +379,55 @@ def consistent_batches(samples: list[EditSample], size: int, rng: random.Random)
 
 FIELDS = ("src", "pred", "alt", "rephrase", "image", "image_rephrase", "loc", "loc_ans", "m_loc", "m_loc_q", "m_loc_a")
 IMAGE_FIELDS = ("image", "image_rephrase", "m_loc")
+PORTABILITY_FIELDS = ("port_q", "port_a")
+THE_ANSWER_IS = " The answer is:"
+NQ_PREFIX = "nq question: "
+
+
+class Benchmark(NamedTuple):
+    """Where a published benchmark lies under its root, and the fields whose prompts end in "The answer is:" in its official evaluation."""
+
+    train: str
+    eval: str
+    images: tuple[str, ...]  # names under which its image folder is known
+    official_suffix: tuple[str, ...]
+
+
+_VLKEB_IMAGES = ("mmkb_images", "VLKEB_images")
+BENCHMARKS = {
+    "evqa": Benchmark("vqa/vqa_train.json", "vqa/vqa_eval.json", ("images",), ("src", "rephrase", "m_loc_q")),
+    "eic": Benchmark("caption/caption_train_edit.json", "caption/caption_eval_edit.json", ("images",), ("m_loc_q",)),
+    "vlkeb": Benchmark("train.json", "eval.json", _VLKEB_IMAGES, ("m_loc_q",)),
+    "vlkeb-onehop": Benchmark("train.json", "eval_edit_onehop.json", _VLKEB_IMAGES, ("m_loc_q",)),
+}
+
+
+class Files(NamedTuple):
+    """Annotation files and image folder of one data set."""
+
+    train: Path
+    eval: Path
+    images: Path
+
+
+def benchmark_files(data: str, root: Path | None = None, image_root: Path | None = None) -> Files:
+    """The files of a benchmark's name with its root, of a folder with train.json, eval.json and images/, or of one evaluation file
+    with the training file beside it (eval in its name replaced by train). Raises FileNotFoundError or ValueError naming what is missing."""
+    if data in BENCHMARKS:
+        known = BENCHMARKS[data]
+        if root is None:
+            raise ValueError(f"--data {data} needs --data-root, the folder that holds {known.eval}")
+        found = next((root / name for name in known.images if (root / name).is_dir()), root / known.images[0])
+        files = Files(root / known.train, root / known.eval, image_root or found)
+    elif (path := Path(data)).suffix == ".json":
+        files = Files(path.with_name(path.name.replace("eval", "train")), path, image_root or (root or path.parent) / "images")
+    else:
+        files = Files(path / "train.json", path / "eval.json", image_root or path / "images")
+    if not files.eval.is_file():
+        raise FileNotFoundError(f"there is no annotation file {files.eval}; --data takes {', '.join(BENCHMARKS)}, a folder or a .json file")
+    if not files.images.is_dir():
+        raise FileNotFoundError(f"there is no image folder {files.images}; --image-root names it")
+    return files
 
 
 def _complain(title: str, problems: list[str]) -> None:
@@ -384,11 +436,30 @@ def _complain(title: str, problems: list[str]) -> None:
         raise ValueError(f"{title} ({len(problems)}): {'; '.join(problems[:5])}{more}")
 
 
-def read_records(file: Path, image_root: Path, check_images: bool = True) -> list[EditSample]:
-    """Edit samples from a JSON list of records with the field's 11 string fields (E-VQA, E-IC, VLKEB).
+def _lacking(record: dict, fields: tuple[str, ...]) -> list[str]:
+    return [f for f in fields if not (isinstance(record.get(f), str) and record[f].strip())]
 
-    Pictures stay closed until they are needed; check_images decodes each one once first.
-    Raises FileNotFoundError or ValueError that names the file, records or pictures at fault, with their count.
+
+def _portability(record: dict) -> dict | None:
+    """VLKEB's one-hop question: the field is a list of one record."""
+    port = record.get("port_new")
+    return port[0] if isinstance(port, list) and port and isinstance(port[0], dict) else port
+
+
+def _malformed(index: int, record) -> str | None:
+    if not isinstance(record, dict):
+        return f"record {index} is no object"
+    lacking = _lacking(record, FIELDS)
+    if record.get("port_new"):
+        lacking += _lacking(port, PORTABILITY_FIELDS) if isinstance(port := _portability(record), dict) else ["port_new"]
+    return f"record {index} lacks a text in {', '.join(lacking)}" if lacking else None
+
+
+def read_records(file: Path, image_root: Path, official: str | None = None) -> list[EditSample]:
+    """Edit samples from a JSON list of records with the field's 11 string fields (E-VQA, E-IC, VLKEB); pictures stay closed.
+
+    official: name of the benchmark whose own prompt form is wanted; None is one form for all prompts.
+    Raises FileNotFoundError or ValueError that names the file, records or missing pictures at fault, with their count.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no annotation file {file}")
@@ -399,17 +470,21 @@ def read_records(file: Path, image_root: Path, check_images: bool = True) -> lis
     if not isinstance(records, list) or not records:
         raise ValueError(f"{file} must hold a list of records, not {type(records).__name__} of length "
                          f"{len(records) if hasattr(records, '__len__') else 1}")
-    _complain(f"malformed records in {file}", [
-        f"record {i} is no object" if not isinstance(r, dict) else
-        f"record {i} lacks a text in {', '.join(f for f in FIELDS if not (isinstance(r.get(f), str) and r[f].strip()))}"
-        for i, r in enumerate(records)
-        if not isinstance(r, dict) or not all(isinstance(r.get(f), str) and r[f].strip() for f in FIELDS)])
+    _complain(f"malformed records in {file}", [problem for i, r in enumerate(records) if (problem := _malformed(i, r))])
     paths = sorted({image_root / r[f] for r in records for f in IMAGE_FIELDS})
     _complain(f"missing pictures of {file}", [str(path) for path in paths if not path.is_file()])
-    if check_images:
-        _complain(f"pictures of {file} that cannot be decoded", [str(path) for path in paths if not _decodes(path)])
     edited = {r[f] for r in records for f in ("image", "image_rephrase")}
-    return [_sample(r, image_root, edited) for r in records]
+    return [_sample(r, image_root, edited, official) for r in records]
+
+
+def check_pictures(samples: list[EditSample], progress=lambda paths: paths) -> int:
+    """Decode every picture file of the samples once and return their number. Raises ValueError that names those that cannot be decoded.
+
+    progress: wraps the list of paths, for instance tqdm.
+    """
+    paths = sorted({q.image.path for s in samples for q in s.queries.values() if isinstance(q.image, ImageFile)})
+    _complain("pictures that cannot be decoded", [str(path) for path in progress(paths) if not _decodes(path)])
+    return len(paths)
 
 
 def _decodes(path: Path) -> bool:
@@ -420,20 +495,34 @@ def _decodes(path: Path) -> bool:
     return True
 
 
-def _sample(record: dict, image_root: Path, edited_images: set[str]) -> EditSample:
+def _sample(record: dict, image_root: Path, edited_images: set[str], official: str | None) -> EditSample:
     picture = {name: ImageFile(image_root / record[name]) for name in IMAGE_FIELDS}
-    loc = record["loc"].removeprefix("nq question: ").strip().rstrip("?") + "?"
+    suffixed = BENCHMARKS[official].official_suffix if official else ()
+    text = {name: record[name] + THE_ANSWER_IS * (name in suffixed) for name in ("src", "rephrase", "m_loc_q")}
+    # The official evaluation appends a question mark and leaves MMEdit's prefix in.
+    loc = record["loc"] + "?" if official else record["loc"].removeprefix(NQ_PREFIX).strip().rstrip("?") + "?"
     ask = lambda name, prompt, target: Query(picture[name], prompt, target, (record[name], prompt))
-    edit = ask("image", record["src"], record["alt"])
+    edit = ask("image", text["src"], record["alt"])
     queries = {
         "reliability": edit,
-        "text_generality": Query(edit.image, record["rephrase"], record["alt"], edit.fact),
-        "modal_generality": Query(picture["image_rephrase"], record["src"], record["alt"], edit.fact),
+        "text_generality": Query(edit.image, text["rephrase"], record["alt"], edit.fact),
+        "modal_generality": Query(picture["image_rephrase"], text["src"], record["alt"], edit.fact),
         "text_locality": Query(None, loc, record["loc_ans"], ("text", loc)),
-        "modal_locality": ask("m_loc", record["m_loc_q"], record["m_loc_a"]),
+        "modal_locality": ask("m_loc", text["m_loc_q"], record["m_loc_a"]),
         "same_image": ask("image", loc, record["loc_ans"]),
-        "no_image": Query(None, record["src"], record["pred"], ("text", record["src"])),
+        "no_image": Query(None, text["src"], record["pred"], ("text", text["src"])),
     }
     if record["m_loc"] not in edited_images:  # else the same question may ask for an edited fact
-        queries["similar_image"] = ask("m_loc", record["src"], record["pred"])
+        queries["similar_image"] = ask("m_loc", text["src"], record["pred"])
+    if record.get("port_new"):
+        port = _portability(record)
+        queries[PORTABILITY] = Query(edit.image, port["port_q"], port["port_a"], edit.fact)
     return EditSample("benchmark", queries)
+
+
+def without_leaks(training: list[EditSample], stream: list[EditSample]) -> tuple[list[EditSample], int]:
+    """Training samples without the locality questions that the evaluation asks too, and how many were left out."""
+    asked = {fact for sample in stream for fact in sample.untouched_facts()}
+    leaks = lambda name, query: name in LOCALITY and query.fact in asked
+    kept = [EditSample(s.kind, {name: q for name, q in s.queries.items() if not leaks(name, q)}) for s in training]
+    return kept, sum(len(s.queries) for s in training) - sum(len(s.queries) for s in kept)

@@ -45,8 +45,8 @@ class ExpertGenerator(nn.Module):
     def __init__(self, hidden_size: int, module_dim: int, rank: int, heads: int, gain: float = 1.0):
         """gain: experts are scaled by gain / sqrt(rank).
 
-        Differs from the official code: its gain is 0.2 and its queries are drawn kaiming-normal; gain 1 and
-        queries of standard deviation 1 learned faster in a trial (README, "Differences").
+        Differs from the official code: its queries are drawn kaiming-normal; queries of standard deviation 1 learned
+        faster in a trial (README, "Differences").
         """
         super().__init__()
         self.scale = gain * rank ** -0.5

@@ -16,7 +16,9 @@ B rows of a batch, T sequence, D hidden size, N experts, R rank, K slots, M modu
 """
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import json
 import os
 import time
@@ -51,7 +53,8 @@ class LiveEditConfig:
     sentinel_tokens: int = 576  # rows of the vision sentinel Theta: about the image tokens of one picture
     similarity: str = "cosine"  # of the visual hard filter: "cosine", or "dot" as in the official code
     threshold: float | None = None  # fixed threshold of the filter; None: the learned sentinel's similarity
-    gain: float = 1.0  # experts are scaled by gain / sqrt(rank); the official code has 0.2
+    gain: float = 0.2  # experts are scaled by gain / sqrt(rank)
+    prompt_style: str = "chat"  # of encode(): "chat" (the processor's template, or "The answer is:"), or "official" (the prompt as it is)
 
     def __post_init__(self):
         for name in ("module_dim", "rank", "slots", "heads", "sentinel_tokens"):
@@ -59,6 +62,8 @@ class LiveEditConfig:
                 raise ValueError(f"LiveEditConfig.{name} must be a positive integer, not {getattr(self, name)!r}")
         if self.similarity not in ("cosine", "dot"):
             raise ValueError(f'LiveEditConfig.similarity must be "cosine" or "dot", not {self.similarity!r}')
+        if self.prompt_style not in ("chat", "official"):
+            raise ValueError(f'LiveEditConfig.prompt_style must be "chat" or "official", not {self.prompt_style!r}')
         if self.threshold is not None and self.similarity == "cosine" and not -1 <= self.threshold <= 1:
             raise ValueError(f"LiveEditConfig.threshold is compared with a cosine and must lie in [-1, 1], not {self.threshold}")
         if self.gain <= 0:
@@ -71,8 +76,13 @@ class LiveEditConfig:
 def find_decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
     """The decoder layers of a Hugging Face vision-language model and the norm behind the last one.
 
-    Raises TypeError with what was found if the model has none.
+    Raises TypeError with what was found if the model has none, or is wrapped by something that LiveEdit does not know.
     """
+    for attribute, what, remedy in (("_orig_mod", "compiled", "pass the model itself, not what torch.compile made of it"),
+                                    ("peft_config", "wrapped by PEFT", "call merge_and_unload() first and pass its result"),
+                                    ("hf_quantizer", "quantised", "load it in bfloat16, which LiveEdit is tested with")):
+        if getattr(model, attribute, None) is not None:
+            raise TypeError(f"this {type(model).__name__} is {what}; {remedy}")
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if not hasattr(decoder, "layers") and hasattr(decoder, "get_decoder"):
         decoder = decoder.get_decoder()  # BLIP-2's decoder is a whole causal language model
@@ -82,6 +92,18 @@ def find_decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
         raise TypeError(f"{type(model).__name__} is no vision-language model that LiveEdit can edit: its decoder "
                         f"({type(decoder).__name__}) has no `layers` with a norm behind them")
     return layers, norm
+
+
+def find_inner_model(model: nn.Module) -> nn.Module | None:
+    """The language model whose own `generate` does the work of the top-level one (BLIP-2), past the top-level forward; else None."""
+    decoder = model.get_decoder()
+    return decoder if decoder is not model and hasattr(decoder, "generate") else None
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes; accelerate keeps the weights of offloaded modules elsewhere."""
+    placed = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.device(placed) if placed is not None else next(module.parameters()).device
 
 
 def hidden_of(output: Tensor | tuple) -> Tensor:
@@ -283,6 +305,7 @@ class _Call:
     """One call of the top-level model, and the route that later calls may continue."""
 
     masks: RowMasks | None  # of a prefill; None while decoding
+    ids: Tensor | None = None  # input_ids of this call
     routing: Routing | None = None
     with_image: bool = False  # has any row of the prefill an image?
     prompt_ids: Tensor | None = None  # input_ids of the prefill
@@ -298,8 +321,11 @@ EDIT, GENERALITY, LOCALITY, HARD_LOCALITY = range(4)
 class LiveEdit(nn.Module):
     """Edits a frozen vision-language model; its own weights are never touched, and `detach` removes every trace."""
 
-    def __init__(self, model: nn.Module, processor, config: LiveEditConfig = LiveEditConfig()):
-        """Attaches at once. Raises TypeError or ValueError if the model has no decoder layers or image token, or the config does not fit."""
+    def __init__(self, model: nn.Module, processor=None, config: LiveEditConfig = LiveEditConfig()):
+        """Attaches at once. Raises TypeError or ValueError if the model has no decoder layers or image token, or the config does not fit.
+
+        processor: of Hugging Face; may be None if all inputs are prepared elsewhere (`edit_inputs`, `capture_inputs`).
+        """
         super().__init__()
         layers, norm = find_decoder_layers(model)
         self.config = config = replace(config, layer=len(layers) * 21 // 32 if config.layer is None else config.layer)
@@ -308,7 +334,7 @@ class LiveEdit(nn.Module):
         if getattr(model.config, "image_token_id", None) is None:
             raise TypeError(f"{type(model).__name__} has no config.image_token_id: LiveEdit cannot tell where its image rows are")
         # Held outside of nn.Module's registry: the model is not ours to move, train or save.
-        self.__dict__.update(model=model, processor=processor, _layers=layers, _final_norm=norm)
+        self.__dict__.update(model=model, processor=processor, _layers=layers, _final_norm=norm, _inner=find_inner_model(model))
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         width, c = model.config.get_text_config().hidden_size, config
@@ -318,14 +344,28 @@ class LiveEdit(nn.Module):
         self.experts = ExpertRepository({"U": (c.rank, width), "V": (c.rank, width),
                                          "visual_keys": (c.slots, c.module_dim), "text_keys": (c.slots, c.module_dim)})
         self.trained_steps = 0
-        self._special_ids = torch.tensor(sorted(processor.tokenizer.all_special_ids))
+        self._special_ids = torch.tensor(self._find_special_ids())
+        self._arguments = {module: list(inspect.signature(module.forward).parameters) for module in (model, self._inner) if module is not None}
         self._handles: list = []
         self._disabled = 0  # how many `disabled()` blocks are open
         self._call: _Call | None = None
         self._routes = weakref.WeakKeyDictionary()  # KV cache of a prefill -> its routing
         self._uncached: _Call | None = None  # the last prefill without a cache
-        self.to(next(layers[config.layer].parameters()).device)
+        self._embedded: Tensor | None = None  # the ids that were embedded last, of a model with an inner model
+        self.to(device_of(layers[config.layer]))
         self.attach()
+
+    def _find_special_ids(self) -> list[int]:
+        if self.processor is not None:
+            return sorted(self._tokenizer.all_special_ids)
+        text = self.model.config.get_text_config()
+        return sorted({i for i in (text.bos_token_id, text.eos_token_id, text.pad_token_id) if isinstance(i, int)})
+
+    @property
+    def _tokenizer(self):
+        if self.processor is None:
+            raise RuntimeError("this editor has no processor: use edit_inputs and capture_inputs with inputs prepared elsewhere")
+        return self.processor.tokenizer
 
     # -------------------------------------------------------------------------------------------- hooks
 
@@ -339,13 +379,18 @@ class LiveEdit(nn.Module):
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             self._layers[self.config.layer].register_forward_hook(self._after_layer),
             self.model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)]
+        if self._inner is not None:
+            self._handles += [
+                self.model.get_input_embeddings().register_forward_pre_hook(self._before_embedding),
+                self._inner.register_forward_pre_hook(self._before_inner, with_kwargs=True),
+                self._inner.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)]
         return self
 
     def detach(self) -> nn.Module:
         """Remove our hooks, and only ours; harmless when already detached. Returns the bare model."""
         while self._handles:
             self._handles.pop().remove()
-        self._call = self._uncached = None
+        self._call = self._uncached = self._embedded = None
         self._routes.clear()
         return self.model
 
@@ -359,9 +404,25 @@ class LiveEdit(nn.Module):
             self._disabled -= 1
 
     def _before_model(self, model, args, kwargs):
-        """Prefill or decoding? Which rows are image, prompt and answer?"""
+        self._begin(dict(zip(self._arguments[model], args)) | kwargs)
+
+    def _before_embedding(self, embedding, args):
+        self._embedded = args[0] if args else None
+
+    def _before_inner(self, inner, args, kwargs):
+        """BLIP-2's `generate` runs its inner language model on embeddings: their ids are those that were embedded last."""
+        values, ids = dict(zip(self._arguments[inner], args)) | kwargs, self._embedded
+        if self._call is not None and self._call.ids is ids is not None:
+            return  # within a call of the top-level model
+        embeddings = values.get("inputs_embeds")
+        if values.get("input_ids") is None and ids is not None and embeddings is not None and ids.shape[1] == embeddings.shape[1]:
+            values["input_ids"] = ids.repeat_interleave(len(embeddings) // len(ids), 0)  # beams repeat each row
+        self._begin(values)
+
+    def _begin(self, values: dict) -> None:
+        """Prefill or decoding? Which rows are image, prompt and answer? values: the arguments of the call, by name."""
         self._call = None
-        ids, cache, pictures = kwargs.get("input_ids", args[0] if args else None), cache_in(kwargs), pictures_in(kwargs)
+        ids, cache, pictures = values.get("input_ids"), cache_in(values), pictures_in(values)
         past = int(cache.get_seq_length()) if cache is not None else 0
         if cache is not None and past == 0:
             self._routes.pop(cache, None)  # a cache that is filled anew
@@ -369,20 +430,25 @@ class LiveEdit(nn.Module):
             return
         if not len(self.experts):
             if past == 0:
-                self._call = _Call(None, with_image=True)
+                self._call = _Call(None, ids, with_image=True)
             return
         if ids is None:
             raise ValueError("LiveEdit reads input_ids to find image and prompt; embeddings alone cannot be routed. "
                              "Pass input_ids, or use `with editor.disabled():`")
         if past > 0:
             self._call = self._continued(cache, ids)
-        elif kwargs.get("labels") is None and self._extends_uncached(ids, pictures):
+        elif values.get("labels") is None and self._extends_uncached(ids, pictures):
             # Generation without a cache sends all ids so far at each step: the prompt's route holds.
-            self._call = replace(self._uncached, masks=None, length=ids.shape[1], used=False)
+            self._call = replace(self._uncached, masks=None, ids=ids, length=ids.shape[1], used=False)
         else:
-            masks = row_masks(ids, kwargs.get("attention_mask"), kwargs.get("labels"), model.config.image_token_id,
-                              self._special_ids.to(ids.device))
-            self._call = _Call(masks, None, bool(masks.image.any()), ids, ids.shape[1], pictures)
+            masks = self._masks(values)
+            self._call = _Call(masks, ids, None, bool(masks.image.any()), ids, ids.shape[1], pictures)
+
+    def _masks(self, inputs: dict) -> RowMasks:
+        ids, labels = inputs["input_ids"], inputs.get("labels")
+        if labels is not None:  # with logits_to_keep they are those of the last tokens
+            labels = F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)
+        return row_masks(ids, inputs.get("attention_mask"), labels, self.model.config.image_token_id, self._special_ids.to(ids.device))
 
     def _extends_uncached(self, ids: Tensor, pictures) -> bool:
         """One token more behind the same prompts and pictures? Only prompts are compared: beams swap what they have generated."""
@@ -399,7 +465,7 @@ class LiveEdit(nn.Module):
         if ids.shape[1] > 1 and (call.with_image or bool((ids == self.model.config.image_token_id).any())):
             raise RuntimeError(f"{ids.shape[1]} new tokens continue a KV cache: LiveEdit routes whole prompts (no chunked prefill, no "
                                "second turn on an old cache); pass the whole conversation without past_key_values")
-        return replace(call, masks=None, used=False)
+        return replace(call, masks=None, ids=ids, used=False)
 
     def _after_layer(self, layer, args, output):
         if self._disabled or not len(self.experts):
@@ -409,7 +475,7 @@ class LiveEdit(nn.Module):
         hidden, call = hidden_of(output), self._call
         call.used = True
         if call.masks is not None:
-            call.routing = self._route(hidden, call.masks)
+            call.routing = self._route(hidden, RowMasks(*(m.to(hidden.device) for m in call.masks)))
         if call.routing is None:
             return None
         return with_hidden(output, self._edited(hidden, call.routing))
@@ -471,13 +537,34 @@ class LiveEdit(nn.Module):
         """
         if isinstance(prompt, str):
             image, prompt, target = [image], [prompt], None if target is None else [target]
-        texts = [self._prompt_text(question, picture is not None) for picture, question in zip(image, prompt, strict=True)]
-        pictures = [self._rgb(picture) for picture in image if picture is not None] or None
-        inputs = dict(self.processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt"))
+        if not len(image) == len(prompt) == (len(prompt) if target is None else len(target)):
+            raise ValueError(f"there are {len(image)} images and {len(prompt)} prompts" + (f" and {len(target)} targets" if target is not None else ""))
+        inputs = self._processed([None if picture is None else self._rgb(picture) for picture in image], prompt)
         if target is not None:
             inputs = self._append_targets(inputs, target)
-        device, dtype = next(self.model.parameters()).device, self.model.dtype
+        device, dtype = device_of(self.model.get_input_embeddings()), self.model.dtype
         return {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in inputs.items()}
+
+    def _processed(self, images: list[Image.Image | None], prompts: Sequence[str]) -> dict:
+        """Rows with an image go through the processor, rows without through the tokenizer (not every processor takes both at once)."""
+        tokenizer = self._tokenizer
+        texts = [self._prompt_text(prompt, image is not None) for prompt, image in zip(prompts, images)]
+        pictured = [i for i, image in enumerate(images) if image is not None]
+        plain = [i for i, image in enumerate(images) if image is None]
+        settings = dict(padding=True, padding_side="left", return_tensors="pt")
+        parts = []
+        if pictured:
+            parts.append(dict(self.processor(images=[images[i] for i in pictured], text=[texts[i] for i in pictured], **settings)))
+        if plain:
+            parts.append(dict(tokenizer([texts[i] for i in plain], **settings)))
+        if len(parts) == 1:
+            return parts[0]
+        length, order = max(part["input_ids"].shape[1] for part in parts), torch.tensor(pictured + plain).argsort()
+        fill = {"input_ids": tokenizer.pad_token_id}
+        left_padded = lambda key, part: F.pad(part[key] if key in part else torch.zeros_like(part["input_ids"]),
+                                              (length - part["input_ids"].shape[1], 0), value=fill.get(key, 0))
+        per_token = [key for key, value in parts[0].items() if value.shape == parts[0]["input_ids"].shape]
+        return parts[0] | {key: torch.cat([left_padded(key, part) for part in parts])[order] for key in per_token}
 
     @staticmethod
     def _rgb(image: Image.Image) -> Image.Image:
@@ -488,25 +575,32 @@ class LiveEdit(nn.Module):
     def _prompt_text(self, question: str, has_image: bool) -> str:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"a prompt must be a text that is not empty, not {question!r}")
-        if (token := self.processor.image_token) in question:
+        if (token := str(self.processor.image_token)) in question:
             raise ValueError(f"the prompt {question!r} holds the image token {token}; pass the picture, encode() places the token")
-        if not getattr(self.processor, "chat_template", None):
-            return (f"{token}\n" if has_image else "") + f"{question} The answer is:"
+        if self.config.prompt_style == "official" or not getattr(self.processor, "chat_template", None):
+            suffix = "" if self.config.prompt_style == "official" else " The answer is:"
+            return (f"{token}\n" if has_image and not self._processor_places_image_token else "") + question + suffix
         content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return text.removeprefix(self.processor.tokenizer.bos_token or "")  # the tokenizer adds its own
+        return text.removeprefix(self._tokenizer.bos_token or "")  # the tokenizer adds its own
+
+    @functools.cached_property
+    def _processor_places_image_token(self) -> bool:
+        """Some processors (BLIP-2, PaliGemma) put the image before any text, others (LLaVA, Idefics3) where the text says so."""
+        try:
+            ids = self.processor(images=[Image.new("RGB", (64, 64))], text=["?"], return_tensors="pt")["input_ids"]
+        except (ValueError, IndexError):  # it found no place for the image
+            return False
+        return bool((ids == self.model.config.image_token_id).any())
 
     def _append_targets(self, inputs: dict, targets: Sequence[str]) -> dict:
         """Tokens of prompt and target are made apart: joining the strings would move token boundaries."""
-        tokenizer = self.processor.tokenizer
-        rows = []
+        tokenizer, rows = self._tokenizer, []
         for target in targets:
             if not isinstance(target, str) or not target.strip():
                 raise ValueError(f"a target must be a text that is not empty, not {target!r}")
             rows.append(tokenizer(" " + target.strip(), add_special_tokens=False).input_ids + [tokenizer.eos_token_id])
         length, shape = max(map(len, rows)), inputs["input_ids"].shape
-        if len(rows) != shape[0]:
-            raise ValueError(f"there are {len(rows)} targets for {shape[0]} prompts")
         labels = torch.tensor([row + [IGNORE] * (length - len(row)) for row in rows])
         present = labels != IGNORE
         tail = {"input_ids": labels.masked_fill(~present, tokenizer.pad_token_id), "attention_mask": present.long(),
@@ -530,17 +624,15 @@ class LiveEdit(nn.Module):
         # One column of padding more when there are several batches: a batch without any padding would get no mask from the model.
         left = [max(prompts) - p + (len(chunks) > 1) for p in prompts]
         right = [max(answers) - a for a in answers]
-        fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE}
+        fill = {"input_ids": self._tokenizer.pad_token_id, "labels": IGNORE}
         padded = [{key: F.pad(v, (l, r), value=fill.get(key, 0)) if v.shape == i["input_ids"].shape else v for key, v in i.items()}
                   for i, l, r in zip(inputs, left, right)]
-        with self.disabled():
-            return States.concat([self._lower(i) for i in progress(padded)])
+        return States.concat([self.capture_inputs(i) for i in progress(padded)])
 
-    def _lower(self, inputs: dict) -> States:
-        labels = inputs.pop("labels")
-        masks = row_masks(inputs["input_ids"], inputs.get("attention_mask"), labels, self.model.config.image_token_id,
-                          self._special_ids.to(labels.device))
-        seen = {}
+    @torch.no_grad()
+    def capture_inputs(self, inputs: dict) -> States:
+        """Run the frozen lower layers once on inputs prepared elsewhere, with `labels` that are -100 outside of the answers."""
+        masks, labels, seen = self._masks(inputs), inputs["labels"], {}
 
         def stop(layer, args, kwargs, output):
             seen.update(hidden=hidden_of(output), args=args[1:], kwargs={k: v for k, v in kwargs.items() if k != "hidden_states"})
@@ -548,19 +640,19 @@ class LiveEdit(nn.Module):
 
         handle = self._layers[self.config.layer].register_forward_hook(stop, with_kwargs=True)
         try:
-            self.model(**inputs, use_cache=False)
-        except _Stop:
-            pass
+            with self.disabled(), contextlib.suppress(_Stop):
+                self.model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
         finally:
             handle.remove()
-        return States(seen["hidden"], masks, labels, seen["args"], seen["kwargs"])
+        place = seen["hidden"].device
+        return States(seen["hidden"], RowMasks(*(m.to(place) for m in masks)), labels.to(place), seen["args"], seen["kwargs"])
 
     def _upper(self, hidden: Tensor, states: States) -> Tensor:
         """The layers above the edit layer, norm and head; logits (tokens, vocabulary) at the answer tokens of all rows, row by row."""
         for layer in self._layers[self.config.layer + 1:]:
             hidden = hidden_of(layer(hidden, *states.args, **states.kwargs))
-        predicting = hidden[:, :-1][states.masks.answer[:, 1:]]  # the row before a token predicts it
-        return self.model.get_output_embeddings()(self._final_norm(predicting)).float()
+        predicting = hidden[:, :-1][states.masks.answer[:, 1:].to(hidden.device)]  # the row before a token predicts it
+        return self.model.get_output_embeddings()(self._final_norm(predicting)).to(states.hidden.device).float()
 
     # -------------------------------------------------------------------------------------------- editing
 
@@ -568,12 +660,27 @@ class LiveEdit(nn.Module):
         """From now on the answer to this question about this image is the target."""
         return self.edit_many([Question(image, prompt, target)])[0]
 
-    @torch.no_grad()
     def edit_many(self, questions: Sequence[Question | tuple], batch_size: int = 128) -> list[Edit]:
         """Edits in batches: the same experts as one by one, each for one pass through the lower layers and the generator.
 
         Raises RuntimeError on an editor that was never trained, ValueError for a question without image, prompt or target.
         """
+        questions = self._checked(questions)
+        chunks = [questions[i:i + batch_size] for i in range(0, len(questions), batch_size)]
+        return self._add(questions, [self._make_experts(self.capture(chunk)) for chunk in chunks])
+
+    def edit_inputs(self, inputs: dict, questions: Sequence[Question | tuple]) -> list[Edit]:
+        """Edits from model inputs prepared elsewhere, one row for each question: `labels` hold the target's tokens, -100 elsewhere.
+
+        For processors that `encode` does not know; the questions are only what the repository keeps of the edits.
+        """
+        questions = self._checked(questions)
+        states = self.capture_inputs(inputs)
+        if len(states.hidden) != len(questions) or not all(mask.any(1).all() for mask in states.masks):
+            raise ValueError(f"{len(questions)} edits need as many rows with image, prompt and labels each; got {len(states.hidden)} rows")
+        return self._add(questions, [self._make_experts(states)])
+
+    def _checked(self, questions: Sequence[Question | tuple]) -> list[Question]:
         if not self.trained_steps:
             raise RuntimeError("this editor was never trained: its experts would be noise. Train it (training_losses, run.py) or "
                                "load a trained one with LiveEdit.from_pretrained")
@@ -581,14 +688,16 @@ class LiveEdit(nn.Module):
         for q in questions:
             if q.image is None:
                 raise ValueError(f"the edit {q.prompt!r} has no image: the visual filter could never keep it")
-        edits = []
-        made = [self._make_experts(self.capture(questions[i:i + batch_size])) for i in range(0, len(questions), batch_size)]
-        for q in questions:  # nothing is added before all experts are made
-            edits.append(Edit(self.experts.next_id + len(edits), q.prompt, q.target, image_digest(q.image), time.time()))
+        return questions
+
+    def _add(self, questions: list[Question], made: list[dict[str, Tensor]]) -> list[Edit]:
+        """Nothing is added before all experts are made."""
+        edits = [Edit(self.experts.next_id + i, q.prompt, q.target, image_digest(q.image), time.time()) for i, q in enumerate(questions)]
         if edits:
             self.experts.add({name: torch.cat([part[name] for part in made]) for name in ExpertRepository.TENSORS}, edits)
         return edits
 
+    @torch.no_grad()
     def _make_experts(self, states: States) -> dict[str, Tensor]:
         hidden = states.hidden.float()
         U, V = self.generator(hidden, states.masks.image | states.masks.prompt | states.masks.answer)
@@ -619,13 +728,12 @@ class LiveEdit(nn.Module):
     @torch.no_grad()
     def explain(self, inputs: dict) -> list[list[dict]]:
         """For each row of `inputs` the edits that the filter kept, heaviest first: id, prompt, target, similarity, threshold, weight."""
-        inputs = {k: v for k, v in inputs.items()}
-        labels = inputs.setdefault("labels", torch.full_like(inputs["input_ids"], IGNORE))
+        labels = inputs.get("labels", torch.full_like(inputs["input_ids"], IGNORE))
+        inputs = inputs | {"labels": labels}
         report: list[list[dict]] = [[] for _ in labels]
         if not len(self.experts):
             return report
-        with self.disabled():
-            states = self._lower(inputs)
+        states = self.capture_inputs(inputs)
         rows = states.masks.image.any(1).nonzero().flatten()
         if not len(rows):
             return report
@@ -696,9 +804,11 @@ class LiveEdit(nn.Module):
 
     def fingerprint(self) -> dict:
         """What a saved editor needs to fit its backbone."""
-        text = self.model.config.get_text_config()
-        return {"model_type": self.model.config.model_type, "hidden_size": text.hidden_size, "layers": len(self._layers),
-                "vocabulary": text.vocab_size, "image_token_id": self.model.config.image_token_id}
+        config, text = self.model.config, self.model.config.get_text_config()
+        vision = getattr(config, "vision_config", None)
+        return {"model_type": config.model_type, "text_model_type": text.model_type, "hidden_size": text.hidden_size, "layers": len(self._layers),
+                "heads": text.num_attention_heads, "vocabulary": text.vocab_size, "image_token_id": config.image_token_id,
+                "image_size": getattr(vision, "image_size", None), "patch_size": getattr(vision, "patch_size", None)}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write editor and edits. Safe against a crash at any moment: the config file names the weights and is replaced last."""

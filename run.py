@@ -10,26 +10,33 @@ Writes metrics.json, predictions.jsonl, edits.png and the editor to the output f
 import argparse
 import contextlib
 import ctypes
+import inspect
 import json
 import math
+import os
 import random
 import re
+import signal
 import string
 import sys
+import threading
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from data import (KINDS, LOCALITY, QUERY_NAMES, EditSample, Query, consistent_batches, drawn_stream, drawn_training,
-                  read_records)
-from liveedit import EDIT, GENERALITY as FOLLOWS, HARD_LOCALITY, LOCALITY as UNRELATED, LiveEdit, LiveEditConfig, Question, States
+from data import (BENCHMARKS, KINDS, LOCALITY, PORTABILITY, QUERY_NAMES, EditSample, Query, benchmark_files, check_pictures,
+                  consistent_batches, drawn_stream, drawn_training, read_records, without_leaks)
+from liveedit import (EDIT, GENERALITY as FOLLOWS, HARD_LOCALITY, LOCALITY as UNRELATED, LiveEdit, LiveEditConfig, Question, States,
+                      find_decoder_layers)
 from router import Rows
 
 SHORT_NAMES = {"tiny-llava": str(Path(__file__).resolve().parent / "tiny-llava"), "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf"}
@@ -37,7 +44,25 @@ MAIN_METRICS = QUERY_NAMES[:5]  # their mean is the paper's average
 ROLES = {"reliability": EDIT, "text_generality": FOLLOWS, "modal_generality": FOLLOWS, "modal_locality": UNRELATED,
          "same_image": HARD_LOCALITY, "similar_image": HARD_LOCALITY}
 CACHE_BYTES = 4 * 2**30  # hidden states of the training samples are kept in memory up to here, else computed at every step
-ANSWERS_AT_ONCE = 128  # queries per forward pass of the evaluation
+CHECKPOINT_FILE = "training.pt"
+CHECKPOINT_SECONDS = 600  # between two checkpoints of a training
+
+
+class Settings(NamedTuple):
+    """How an editor is trained, where the command line does not say otherwise."""
+
+    train_steps: int
+    train_samples: int
+    batch_size: int
+    learning_rate: float
+
+
+# Models of 7B, with Adam; the editor's own settings scale with the model in `config_for`.
+PAPER = Settings(train_steps=40_000, train_samples=20_000, batch_size=8, learning_rate=1e-4)
+PAPER_CUT = 10_000  # step at which the paper's learning rate falls to a tenth
+# Hidden sizes below SMALL_WIDTH: many cheap steps, Muon for the matrices, a warm-up and a cosine.
+SMALL = Settings(train_steps=1200, train_samples=14_000, batch_size=32, learning_rate=3e-3)
+SMALL_WIDTH = 1024
 
 
 @dataclass
@@ -45,14 +70,21 @@ class Options:
     """Every field is an option of the command line."""
 
     model: str = "tiny-llava"  # a short name (tiny-llava, llava-1.5-7b), a hub id or a folder
-    data: Path | None = None  # a folder with train.json, eval.json and images/; without it the drawn world
+    data: str | None = None  # evqa, eic, vlkeb, vlkeb-onehop, a folder with train.json, eval.json and images/, or an evaluation .json file; without it the drawn world
+    data_root: Path | None = None  # the folder of a benchmark's files as published (easy-edit-mm, VLKEB)
+    image_root: Path | None = None  # its image folder, where it is not the published one
+    prompt_style: str = "chat"  # chat (one form for all prompts), or official (the benchmarks' own, for the paper's numbers)
+    exclude_leaks: bool = False  # leave out of training the locality questions that the evaluation asks too
     edits: int = 500  # edits of the stream
     editor: Path | None = None  # a saved editor to load instead of training one
     out: Path = Path("output")  # output folder
-    train_steps: int = 720  # steps of the editor's training
-    train_samples: int = 10000  # edit samples of the drawn world to train on
-    batch_size: int = 32  # edits per training step
-    learning_rate: float = 3e-3  # of Adam
+    train_steps: int | None = None  # steps of the editor's training; default by the model's size, like the next three
+    train_samples: int | None = None  # edit samples of the drawn world to train on
+    batch_size: int | None = None  # edits per training step
+    learning_rate: float | None = None  # of Adam
+    eval_batch_size: int | None = None  # questions per forward pass outside of training; default by the model's size
+    resume: bool = False  # continue an interrupted training from the checkpoint in the output folder
+    dry_run: bool = False  # check data and model configuration, say what was found, load no weights
     seed: int = 0  # of training and of the stream
     device: str = "auto"  # auto (cuda, mps, cpu), or a torch device
     dtype: str = "auto"  # of the model: auto (the checkpoint's), float32, bfloat16, float16
@@ -66,40 +98,75 @@ def parse_options(arguments: list[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)$", Path(__file__).read_text(), re.M))
     for f in fields(Options):
-        kind = next((k for k in (int, float, Path) if f.type == k or f.type == k | None), str)
-        parser.add_argument("--" + f.name.replace("_", "-"), type=kind, default=f.default, help=f"{comments[f.name]} (default: {f.default})")
+        name, text = "--" + f.name.replace("_", "-"), f"{comments[f.name]} (default: {f.default})"
+        if f.type is bool:
+            parser.add_argument(name, action="store_true", help=text)
+        else:
+            kind = next((k for k in (int, float, Path) if f.type == k or f.type == k | None), str)
+            parser.add_argument(name, type=kind, default=f.default, help=text)
     options = Options(**vars(parser.parse_args(arguments)))
-    for name, least in (("edits", 1), ("train_steps", 1), ("train_samples", 2), ("batch_size", 2)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(options, name)}")
-    if not options.learning_rate > 0:
+    for name, least in (("edits", 1), ("train_steps", 1), ("train_samples", 2), ("batch_size", 2), ("eval_batch_size", 1)):
+        if (value := getattr(options, name)) is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if options.learning_rate is not None and not options.learning_rate > 0:
         parser.error(f"--learning-rate must be positive, not {options.learning_rate}")
     if options.editor and options.editor.resolve() == (options.out / "editor").resolve():
         parser.error(f"--out {options.out} would overwrite the edits in --editor {options.editor}; choose another --out")
     if options.dtype != "auto" and not isinstance(getattr(torch, options.dtype, None), torch.dtype):
         parser.error(f"--dtype must be auto, float32, bfloat16 or float16, not {options.dtype}")
+    if options.prompt_style == "official" and options.data not in BENCHMARKS:
+        parser.error(f"--prompt-style official is the form of a published benchmark: --data must be one of {', '.join(BENCHMARKS)}")
+    if options.resume and options.editor:
+        parser.error("--resume continues a training, --editor loads a trained editor: choose one")
     return options
 
 
 # ------------------------------------------------------------------------------------------------ loading
 
 
+def with_defaults(options: Options, width: int) -> Options:
+    """The options with what was not given filled in for a model of this hidden size."""
+    settings = (SMALL if width < SMALL_WIDTH else PAPER)._asdict() | {"eval_batch_size": max(4, 2**14 // width)}
+    return replace(options, **{name: value for name, value in settings.items() if getattr(options, name) is None})
+
+
 def load_samples(options: Options) -> tuple[list[EditSample], list[EditSample]]:
     """(training samples, stream of edits). Raises before any long work if data is missing, malformed or too little."""
     if options.data is None:
         return ([] if options.editor else drawn_training(options.train_samples, options.seed)), drawn_stream(options.edits, options.seed)
-    train = [] if options.editor else read_records(options.data / "train.json", options.data / "images")
-    stream = read_records(options.data / "eval.json", options.data / "images")
-    return train, random.Random(options.seed).sample(stream, min(options.edits, len(stream)))
+    files = benchmark_files(options.data, options.data_root, options.image_root)
+    official = options.data if options.prompt_style == "official" else None
+    train = [] if options.editor else read_records(files.train, files.images, official)
+    stream = read_records(files.eval, files.images, official)
+    stream = random.Random(options.seed).sample(stream, min(options.edits, len(stream)))
+    if options.exclude_leaks:
+        train, left_out = without_leaks(train, stream)
+        print(f"{left_out} locality questions of the training also stand in the evaluation and are left out")
+    pictures = check_pictures(train + stream, progress=lambda paths: tqdm(paths, desc="checking pictures", disable=len(paths) < 2000))
+    print(f"{options.data}: {len(train)} training and {len(stream)} evaluation records, {pictures} pictures")
+    return train, stream
+
+
+def full_name(options: Options) -> str:
+    return SHORT_NAMES.get(options.model, options.model)
+
+
+def empty_model(options: Options):
+    """The model without weights, from its configuration alone: enough to check that it can be edited."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(full_name(options)))
 
 
 def load_model(options: Options):
     """Model and processor by the plain Hugging Face way."""
-    name = SHORT_NAMES.get(options.model, options.model)
+    name = full_name(options)
     device = options.device if options.device != "auto" else (
         "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=options.dtype).to(device).eval()
-    return model, AutoProcessor.from_pretrained(name)
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+    except (ImportError, AttributeError) as error:  # from deep inside, where a package is missing
+        raise RuntimeError(f"the processor of {name} needs a package that is not installed, usually torchvision: {error}") from error
+    return AutoModelForImageTextToText.from_pretrained(name, dtype=options.dtype).to(device).eval(), processor
 
 
 def config_for(model, options: Options) -> LiveEditConfig:
@@ -107,7 +174,9 @@ def config_for(model, options: Options) -> LiveEditConfig:
     width = model.config.get_text_config().hidden_size
     tokens = getattr(model.config, "image_seq_length", None) or LiveEditConfig.sentinel_tokens
     return LiveEditConfig(layer=options.layer, module_dim=min(LiveEditConfig.module_dim, width), sentinel_tokens=tokens,
-                          similarity=options.similarity, threshold=options.threshold)
+                          similarity=options.similarity, threshold=options.threshold, prompt_style=options.prompt_style,
+                          # The pre-activations of an expert grow with the root of the width: so do small models get the paper's size.
+                          gain=LiveEditConfig.gain * max(1.0, (4096 / width) ** 0.5))
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -120,8 +189,8 @@ def question(query: Query) -> Question:
 class TrainingSet:
     """Training batches as hidden states of the edit layer; the frozen lower layers run once per sample if these fit in memory."""
 
-    def __init__(self, editor: LiveEdit, samples: list[EditSample]):
-        self.editor, self.samples = editor, samples
+    def __init__(self, editor: LiveEdit, samples: list[EditSample], rows_at_once: int):
+        self.editor, self.samples, self.rows_at_once = editor, samples, rows_at_once
         self.names = [[name for name in ROLES if name in sample.queries] for sample in samples]
         first = self._capture(samples[:2])[0].hidden
         rows = sum(map(len, self.names))
@@ -132,58 +201,166 @@ class TrainingSet:
             for names in self.names:
                 starts.append(starts[-1] + len(names))
             self.rows = [torch.arange(a, b) for a, b in zip(starts, starts[1:])]
+            self.text_row = list(accumulate(("text_locality" in s.queries for s in samples), initial=0))
 
-    def _capture(self, samples: list[EditSample], progress=lambda chunks: chunks) -> tuple[States, Rows]:
+    def _capture(self, samples: list[EditSample], progress=lambda chunks: chunks) -> tuple[States, Rows | None]:
         pictured = [question(s.queries[name]) for s in samples for name in ROLES if name in s.queries]
-        texts = [question(s.queries["text_locality"]) for s in samples]
-        states = self.editor.capture(pictured, progress=progress)
-        text = self.editor.capture(texts)
+        texts = [question(s.queries["text_locality"]) for s in samples if "text_locality" in s.queries]
+        states = self.editor.capture(pictured, self.rows_at_once, progress)
+        if not texts:
+            return states, None
+        text = self.editor.capture(texts, self.rows_at_once)
         return states, Rows.gather(text.hidden, text.masks.prompt)
 
-    def batch(self, chosen: list[int]) -> tuple[States, Tensor, Tensor, Rows]:
-        """States, roles and owners of the pictured rows, and the prompt rows of the text-only questions."""
+    def batch(self, chosen: list[int]) -> tuple[States, Tensor, Tensor, Rows | None]:
+        """States, roles and owners of the pictured rows, and the prompt rows of the text-only questions, if there are any."""
         device = self.editor.norm.weight.device
         if self.cached:
-            states, texts = self.states.select(torch.cat([self.rows[i] for i in chosen]).to(device)), self.texts.select(chosen)
+            states = self.states.select(torch.cat([self.rows[i] for i in chosen]).to(device))
+            asked = [self.text_row[i] for i in chosen if "text_locality" in self.samples[i].queries]
+            texts = self.texts.select(asked) if asked else None
         else:
             states, texts = self._capture([self.samples[i] for i in chosen])
         role = torch.tensor([ROLES[name] for i in chosen for name in self.names[i]], device=device)
         owner = torch.tensor([b for b, i in enumerate(chosen) for _ in self.names[i]], device=device)
-        return states, role, owner, Rows(texts.states.float(), texts.mask)
+        return states, role, owner, texts and Rows(texts.states.float(), texts.mask)
 
 
-def train(editor: LiveEdit, samples: list[EditSample], options: Options) -> dict:
-    """Adam on all losses of the method; after a short warm-up the learning rate falls along a cosine."""
-    start = time.time()
+def learning_rate_factor(step: int, options: Options, width: int) -> float:
+    """Of the learning rate at a step: the paper's cut to a tenth for big models, a warm-up and a cosine for small ones."""
+    if width >= SMALL_WIDTH:
+        return 0.1 if step >= PAPER_CUT else 1.0
+    return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / options.train_steps))
+
+
+@contextlib.contextmanager
+def interrupts_noted():
+    """Inside, the first Ctrl-C only fills the list that is given, so that a step is never cut in two; a second one interrupts."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # only the main thread gets signals
+        return
+    usual = signal.getsignal(signal.SIGINT)
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+@dataclass
+class Training:
+    """What a checkpoint holds: all that the next step depends on."""
+
+    editor: LiveEdit
+    optimizers: list[torch.optim.Optimizer]
+    options: dict  # those that the steps depend on
+    step: int = 0
+    seconds: float = 0.0
+    running: dict[str, float] = field(default_factory=dict)  # moving averages of the losses
+    log: list[dict] = field(default_factory=list)
+
+    KEPT = ("options", "step", "seconds", "running", "log")
+
+    def save(self, file: Path) -> None:
+        """Atomic: an older checkpoint stays until this one is whole."""
+        content = {name: getattr(self, name) for name in self.KEPT} | {
+            "editor": self.editor.state_dict(), "trained_steps": self.editor.trained_steps, "optimizers": [o.state_dict() for o in self.optimizers],
+            "random": torch.get_rng_state(), "random_cuda": torch.cuda.get_rng_state_all()}
+        draft = file.with_suffix(".new")
+        with open(draft, "wb") as out:
+            torch.save(content, out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(draft, file)
+
+    def load(self, file: Path) -> None:
+        """Raises FileNotFoundError, or ValueError if the training was another one."""
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no training to resume: {file} does not exist")
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        differing = [f"{key} {content['options'].get(key)} (here {value})" for key, value in self.options.items() if content["options"].get(key) != value]
+        if differing:
+            raise ValueError(f"{file} is of a training with other options: {', '.join(differing)}")
+        self.editor.load_state_dict(content["editor"])
+        self.editor.trained_steps = content["trained_steps"]
+        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        for name in self.KEPT:
+            setattr(self, name, content[name])
+        torch.set_rng_state(content["random"])
+        torch.cuda.set_rng_state_all(content["random_cuda"])
+
+
+def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Adam for big models as in the paper. For small ones Muon trains the matrices, at ten times the rate: in as many steps
+    it reached lower losses and better routing than Adam alone (README, "Results")."""
+    parameters = [p for p in editor.parameters() if p.requires_grad]
+    small = editor.norm.weight.numel() < SMALL_WIDTH
+    optimizers = [torch.optim.Adam([p for p in parameters if p.dim() != 2 or not small], lr=learning_rate, fused=True)]
+    optimizers += [torch.optim.Muon([p for p in parameters if p.dim() == 2], lr=10 * learning_rate, weight_decay=0.0)] if small else []
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def start_training(editor: LiveEdit, options: Options) -> Training:
+    """A fresh training, or with --resume the one of the checkpoint."""
+    kept = ("data", "prompt_style", "exclude_leaks", "train_steps", "train_samples", "batch_size", "learning_rate", "seed")
+    training = Training(editor, make_optimizers(editor, options.learning_rate), {name: getattr(options, name) for name in kept} | {"config": asdict(editor.config)})
+    if options.resume:
+        training.load(options.out / CHECKPOINT_FILE)
+    return training
+
+
+def train(training: Training, samples: list[EditSample], options: Options) -> dict:
+    """Adam on all losses of the method. Ctrl-C saves a checkpoint in the output folder and exits; --resume continues exactly."""
+    editor, optimizers, start = training.editor, training.optimizers, time.time() - training.seconds
     batch_size = min(options.batch_size, len(samples))
     batches = consistent_batches(samples, batch_size, random.Random(options.seed))
-    next(batches)  # for callers other than main, too: a batch that cannot be made is reported before the long work
-    training_set = TrainingSet(editor, samples)
-    prepared = time.time()
-    parameters = [p for p in editor.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=options.learning_rate, fused=True)
-    rate = lambda step: min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / options.train_steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    bar = tqdm(range(options.train_steps), desc="training the editor")
-    running: dict[str, float] = {}
-    log = []
-    for step in bar:
-        losses = editor.training_losses(*training_set.batch(next(batches)))
-        optimizer.zero_grad()
-        losses["total"].backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        for name, value in losses.items():
-            running[name] = value.item() if name not in running else 0.95 * running[name] + 0.05 * value.item()
-        if not math.isfinite(running["total"]):
-            raise RuntimeError(f"the training loss is {running['total']} at step {step}; lower --learning-rate")
-        if step % 20 == 19:
-            bar.set_postfix_str(" ".join(f"{name} {value:.2f}" for name, value in running.items()))
-        if step % 100 == 99:
-            log.append({"step": step + 1, **{k: round(v, 4) for k, v in running.items()}})
-    return {"steps": options.train_steps, "batch_size": batch_size, "samples": len(samples), "seconds": time.time() - start,
-            "seconds_hidden_states": prepared - start, "trained_parameters": sum(p.numel() for p in parameters), "losses": log}
+    for _ in range(training.step):
+        next(batches)
+    training_set, parameters = TrainingSet(editor, samples, options.eval_batch_size), [p for p in editor.parameters() if p.requires_grad]
+    prepared = saved = time.time()
+    width, checkpoint = editor.norm.weight.numel(), options.out / CHECKPOINT_FILE
+    bar = tqdm(range(training.step, options.train_steps), initial=training.step, total=options.train_steps, desc="training the editor")
+    with interrupts_noted() as interrupts:
+        for step in bar:
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = group["initial_lr"] * learning_rate_factor(step, options, width)
+            losses = editor.training_losses(*training_set.batch(next(batches)))
+            editor.zero_grad()
+            losses["total"].backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            training.step, training.seconds = step + 1, time.time() - start
+            note_losses(training, losses, bar, every=max(1, min(100, options.train_steps // 10)))
+            if interrupts or time.time() - saved > CHECKPOINT_SECONDS:
+                training.save(checkpoint)
+                saved = time.time()
+            if interrupts:
+                sys.exit(f"interrupted after step {training.step}; the same command with --resume continues from {checkpoint}")
+    return {"steps": options.train_steps, "batch_size": batch_size, "samples": len(samples), "seconds": training.seconds,
+            "seconds_hidden_states": prepared - start, "trained_parameters": sum(p.numel() for p in parameters), "losses": training.log}
+
+
+def note_losses(training: Training, losses: dict[str, Tensor], bar: tqdm, every: int) -> None:
+    """Moving averages for the progress bar and the log. Raises RuntimeError if the training diverged."""
+    running = training.running
+    for name, value in losses.items():
+        running[name] = value.item() if name not in running else 0.95 * running[name] + 0.05 * value.item()
+    if not math.isfinite(running["total"]):
+        raise RuntimeError(f"the training loss is {running['total']} at step {training.step}; lower --learning-rate")
+    if training.step % 20 == 0:
+        bar.set_postfix_str(" ".join(f"{name} {value:.2f}" for name, value in running.items()))
+    if training.step % every == 0:
+        training.log.append({"step": training.step, **{k: round(v, 4) for k, v in running.items()}})
 
 
 # ------------------------------------------------------------------------------------------------ metrics
@@ -210,13 +387,19 @@ class Answer:
 
 
 @torch.no_grad()
-def answer(editor: LiveEdit, queries: list[Query], longest: int) -> list[Answer]:
-    """Answers of the model as it stands (edited, or the original under `editor.disabled()`), all by plain Hugging Face calls."""
-    answers = []
-    for start in range(0, len(queries), ANSWERS_AT_ONCE):
-        chunk = [question(q) for q in queries[start:start + ANSWERS_AT_ONCE]]
+def answer(editor: LiveEdit, queries: list[Query], longest: int, at_once: int = 128) -> list[Answer]:
+    """Answers of the model as it stands (edited, or the original under `editor.disabled()`), all by plain Hugging Face calls.
+
+    longest: tokens to generate at most; at_once: queries per forward pass.
+    """
+    answers, saves_logits = [], "logits_to_keep" in inspect.signature(editor.model.forward).parameters
+    for start in range(0, len(queries), at_once):
+        chunk = [question(q) for q in queries[start:start + at_once]]
         images, prompts, targets = ([getattr(q, name) for q in chunk] for name in ("image", "prompt", "target"))
         inputs = editor.encode(images, prompts, targets)
+        if saves_logits:  # answers stand at the end of the rows, behind one token that predicts the first of theirs
+            kept = int((inputs["labels"] != -100).any(0).sum()) + 1
+            inputs |= {"labels": inputs["labels"][:, -kept:], "logits_to_keep": kept}
         predictions = editor.model(**inputs, use_cache=False).logits.argmax(-1)
         asked = editor.encode(images, prompts)
         made = editor.model.generate(**asked, max_new_tokens=longest, do_sample=False)[:, asked["input_ids"].shape[1]:]
@@ -241,7 +424,8 @@ def mean(values) -> float | None:
 
 def summarise(results: list[dict], way: str) -> dict[str, float | None]:
     """Per cent for each query name; average: mean of the paper's five."""
-    row = {name: mean(r[way] for r in results if r["query"] == name) for name in QUERY_NAMES}
+    names = (*QUERY_NAMES, *(PORTABILITY for _ in range(any(r["query"] == PORTABILITY for r in results))))
+    row = {name: mean(r[way] for r in results if r["query"] == name) for name in names}
     return row | {"average": mean(row[name] / 100 for name in MAIN_METRICS if row[name] is not None)}
 
 
@@ -250,14 +434,15 @@ def summarise(results: list[dict], way: str) -> dict[str, float | None]:
 
 def evaluate(editor: LiveEdit, stream: list[EditSample], options: Options) -> tuple[list[dict], list[dict], dict]:
     """Rows of the report, all predictions, and the cost of editing."""
+    at_once = options.eval_batch_size
     flat = [(s, name, q) for s in stream for name, q in s.queries.items()]
     tokenizer = editor.processor.tokenizer
     longest = 4 + max(len(tokenizer(" " + q.target, add_special_tokens=False).input_ids) for _, _, q in flat)
     before: dict[int, Answer] = {}
     with editor.disabled():
-        for start in tqdm(range(0, len(flat), ANSWERS_AT_ONCE), desc="answers before editing"):
-            chunk = flat[start:start + ANSWERS_AT_ONCE]
-            before |= {id(q): a for (_, _, q), a in zip(chunk, answer(editor, [q for _, _, q in chunk], longest))}
+        for start in tqdm(range(0, len(flat), at_once), desc="answers before editing"):
+            chunk = flat[start:start + at_once]
+            before |= {id(q): a for (_, _, q), a in zip(chunk, answer(editor, [q for _, _, q in chunk], longest, at_once))}
     predictions: list[dict] = []
     rows = [report_row(0, judge(stream, 0, before, before, predictions), None)]
     cost = {}
@@ -269,12 +454,12 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: Options) -> tu
             part = tested[start:start + count]
             editor.reset()
             began = time.time()
-            edits = editor.edit_many([question(s.edit) for s in part])
+            edits = editor.edit_many([question(s.edit) for s in part], at_once)
             cost = {"seconds_per_edit": (time.time() - began) / count, "bytes_per_edit": editor.experts.bytes_per_edit()}
             queries = [q for s in part for q in s.queries.values()]
-            after = {id(q): a for q, a in zip(queries, answer(editor, queries, longest))}
+            after = {id(q): a for q, a in zip(queries, answer(editor, queries, longest, at_once))}
             results += judge(part, count, before, after, predictions)
-            kept += route(editor, part, [edit.id for edit in edits])
+            kept += route(editor, part, [edit.id for edit in edits], at_once)
         rows.append(report_row(count, results, kept))
     return rows, predictions, cost
 
@@ -294,12 +479,12 @@ def judge(samples, count: int, before: dict[int, Answer], after: dict[int, Answe
     return results
 
 
-def route(editor: LiveEdit, samples: list[EditSample], ids: list[int]) -> list[dict]:
+def route(editor: LiveEdit, samples: list[EditSample], ids: list[int], at_once: int = 128) -> list[dict]:
     """For each query with an image: did the filter keep the sample's own expert, and how many in all?"""
     flat = [(name, query, own) for s, own in zip(samples, ids) for name, query in s.queries.items() if query.image]
     found = []
-    for start in range(0, len(flat), ANSWERS_AT_ONCE):
-        chunk = flat[start:start + ANSWERS_AT_ONCE]
+    for start in range(0, len(flat), at_once):
+        chunk = flat[start:start + at_once]
         inputs = editor.encode([q.image.open() for _, q, _ in chunk], [q.prompt for _, q, _ in chunk])
         for (name, _, own), kept in zip(chunk, editor.explain(inputs)):
             found.append({"query": name, "own": any(k["id"] == own for k in kept), "kept": len(kept),
@@ -318,7 +503,7 @@ def report_row(count: int, results: list[dict], kept: list[dict] | None) -> dict
                                 "other_expert_kept": mean(k["other"] for k in kept if k["query"] == name),
                                 "experts_kept": (mean(k["kept"] for k in kept if k["query"] == name) or 0) / 100,
                                 "weight": (mean(k["weight"] for k in kept if k["query"] == name) or 0) / 100}
-                         for name in QUERY_NAMES if any(k["query"] == name for k in kept)}
+                         for name in (*QUERY_NAMES, PORTABILITY) if any(k["query"] == name for k in kept)}
     return row
 
 
@@ -329,6 +514,7 @@ def table(rows: list[dict]) -> str:
     """The table of the report as text."""
     columns = {"reliability": "Rel", "text_generality": "T-Gen", "modal_generality": "M-Gen", "text_locality": "T-Loc",
                "modal_locality": "M-Loc", "average": "Average", "same_image": "Same img", "similar_image": "Similar", "no_image": "No img"}
+    columns |= {PORTABILITY: "Port"} if PORTABILITY in rows[0]["teacher_forced"] else {}
     lines = []
     for way, title in (("teacher_forced", "teacher-forced"), ("free_running", "free-running")):
         lines.append(f"{title:<16}" + "".join(f"{c:>9}" for c in columns.values()))
@@ -382,27 +568,60 @@ def keep_freed_memory() -> None:
                 ctypes.CDLL(None).mallopt(parameter, value)
 
 
+def peak_memory() -> str:
+    """Of this process and, where there is one, of the GPU, in GiB."""
+    parts = []
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        parts.append(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB")
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU")
+    return " and ".join(parts)
+
+
+def prepare(options: Options):
+    """(options with all defaults, training samples, stream, editor on the loaded model, training or None). Raises before any long work.
+
+    Data and model configuration are checked before any weights are loaded; with --dry-run the program ends there.
+    """
+    empty = empty_model(options)
+    config, width = config_for(empty, options), empty.config.get_text_config().hidden_size
+    layers = len(LiveEdit(empty, None, config).detach() and find_decoder_layers(empty)[0])
+    options = with_defaults(options, width)
+    samples, stream = load_samples(options)
+    if not options.editor:
+        next(consistent_batches(samples, min(options.batch_size, len(samples)), random.Random(0)))  # does a batch fit together?
+        print(", ".join(f"{name.replace('_', ' ')} {getattr(options, name)}" for name in ("train_steps", "batch_size", "learning_rate"))
+              + f"; width {config.module_dim}, rank {config.rank}, slots {config.slots}, heads {config.heads}, gain {config.gain:.2f}")
+    if options.dry_run:
+        print(f"{type(empty).__name__} {full_name(options)}: {sum(p.numel() for p in empty.parameters()) / 1e6:.1f} M parameters, edit layer "
+              f"{layers * 21 // 32 if config.layer is None else config.layer} of {layers}; nothing was loaded")
+        sys.exit()
+    options.out.mkdir(parents=True, exist_ok=True)
+    model, processor = load_model(options)
+    if options.editor:
+        return options, samples, stream, LiveEdit.from_pretrained(model, processor, options.editor), None
+    editor = LiveEdit(model, processor, config)
+    return options, samples, stream, editor, start_training(editor, options)
+
+
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
     keep_freed_memory()
     start = time.time()
     torch.manual_seed(options.seed)
     try:
-        samples, stream = load_samples(options)
-        if not options.editor:
-            next(consistent_batches(samples, min(options.batch_size, len(samples)), random.Random(0)))  # does a batch fit together?
-        options.out.mkdir(parents=True, exist_ok=True)
-        model, processor = load_model(options)
-        editor = (LiveEdit.from_pretrained(model, processor, options.editor) if options.editor
-                  else LiveEdit(model, processor, config_for(model, options)))
+        options, samples, stream, editor, training = prepare(options)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         sys.exit(f"run.py: {error}")
-    print(f"{options.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, frozen; editor: "
-          f"{sum(p.numel() for p in editor.parameters()) / 1e6:.2f} M parameters at layer {editor.config.layer} of {len(editor._layers)}")
-    training = None if options.editor else train(editor, samples, options)
-    if training:
+    print(f"{options.model}: {sum(p.numel() for p in editor.model.parameters()) / 1e6:.1f} M parameters, frozen; editor: "
+          f"{sum(p.numel() for p in editor.parameters()) / 1e6:.2f} M parameters at layer {editor.config.layer}")
+    trained = train(training, samples, options) if training else None
+    if trained:
         editor.reset()
         editor.save_pretrained(options.out / "editor")
+        (options.out / CHECKPOINT_FILE).unlink(missing_ok=True)
     rows, predictions, cost = evaluate(editor, stream, options)
     editor.save_pretrained(options.out / "editor")
     with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as file:
@@ -411,10 +630,10 @@ def main(arguments: list[str] | None = None) -> None:
     metrics = {"options": {k: v if not isinstance(v, Path) else str(v) for k, v in asdict(options).items()}, "config": asdict(editor.config),
                "seed": options.seed, "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
                                                   "python": sys.version.split()[0]},
-               "training": training, **cost, "seconds": time.time() - start, "rows": rows}
+               "training": trained, **cost, "seconds": time.time() - start, "peak_memory": peak_memory(), "rows": rows}
     (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     print("\n" + table(rows))
-    print(f"{cost['seconds_per_edit'] * 1000:.1f} ms and {cost['bytes_per_edit'] / 1024:.1f} KiB per edit; "
+    print(f"{cost['seconds_per_edit'] * 1000:.1f} ms and {cost['bytes_per_edit'] / 1024:.1f} KiB per edit; peak memory {peak_memory()}; "
           f"{(time.time() - start) / 60:.1f} minutes in all; everything in {options.out}/")
 
 

@@ -8,6 +8,8 @@ import json
 import math
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import data
 import run
 from generator import CrossAttention, ExpertGenerator, apply_experts
-from liveedit import (CONFIG_FILE, EDIT, GENERALITY, Edit, ExpertRepository, LiveEdit, LiveEditConfig, Question,
+from liveedit import (CONFIG_FILE, EDIT, GENERALITY, Edit, ExpertRepository, LiveEdit, LiveEditConfig, Question, States,
                       find_decoder_layers, hidden_of, row_masks, with_hidden)
 from router import FeatureExtractor, Router, Rows, hard_filter_loss, soft_router_loss, soft_weights, text_similarity
 
@@ -486,6 +489,13 @@ def test_the_router_never_sees_answer_tokens(editor):
             assert a["id"] == b["id"] and a["weight"] == pytest.approx(b["weight"], abs=1e-5)
 
 
+def test_logits_to_keep_takes_the_labels_of_the_last_tokens(editor):
+    editor.edit_many(questions(2))
+    inputs = editor.encode([picture(0), picture(1)], QUESTIONS[:2], ["heart", "a longer answer"])
+    expected, kept = logits_of(editor, inputs), int((inputs["labels"] != -100).any(0).sum()) + 1
+    assert_close(logits_of(editor, inputs | {"labels": inputs["labels"][:, -kept:], "logits_to_keep": kept}), expected[:, -kept:], 1e-4)
+
+
 def test_prompt_rows_follow_the_image_or_else_the_leading_special_tokens():
     ids = torch.tensor([[1, 9, 7, 7, 4, 5, 6], [2, 1, 4, 5, 6, 7, 7], [2, 2, 1, 4, 5, 6, 8]])
     labels = torch.tensor([[-100] * 6 + [6], [-100] * 7, [-100] * 7])
@@ -683,7 +693,7 @@ def test_upper_layers_continue_where_the_lower_ones_stopped(base, layer):
 def training_batch(editor, count=4, cached=True):
     samples = data.drawn_training(count, seed=5)
     limit, run.CACHE_BYTES = run.CACHE_BYTES, 2**30 if cached else 0
-    training_set = run.TrainingSet(editor, samples)
+    training_set = run.TrainingSet(editor, samples, 128)
     run.CACHE_BYTES = limit
     assert training_set.cached == cached
     return training_set.batch([2, 0, 3])
@@ -745,9 +755,9 @@ def trained(base):
     """An editor after some seconds of training on few samples, tested on these: it must have learned what an edit is."""
     torch.manual_seed(0)
     model, processor = base
-    editor = LiveEdit(model, processor, LiveEditConfig(module_dim=128, sentinel_tokens=36))
-    samples = data.drawn_training(48, seed=1)
-    run.train(editor, samples, run.Options(train_steps=150, batch_size=12))
+    editor = LiveEdit(model, processor, LiveEditConfig(module_dim=128, sentinel_tokens=36, gain=1.0))
+    samples, options = data.drawn_samples(48, data.split_scenes()[0], "test", held_out=False), run.with_defaults(run.Options(train_steps=150, batch_size=12), 128)
+    run.train(run.start_training(editor, options), samples, options)
     editor.detach()
     return editor, samples
 
@@ -849,9 +859,58 @@ def test_bad_benchmark_files_are_named_before_any_work(tmp_path, records, messag
     folder = benchmark_folder(tmp_path / "set", records)
     (folder / "images" / "bad.png").write_bytes((folder / "images" / "a.png").read_bytes()[:200])
     with pytest.raises(ValueError, match=message):
-        data.read_records(folder / "eval.json", folder / "images")
+        data.check_pictures(data.read_records(folder / "eval.json", folder / "images"))
     result = command("--data", str(folder), "--train-steps", "1")
     assert result.returncode == 1 and re.search(message, result.stderr) and "Traceback" not in result.stderr
+
+
+def published(root: Path, benchmark: str, records: list, training: list | None = None) -> Path:
+    """A benchmark's folder as it is published, small."""
+    known = data.BENCHMARKS[benchmark]
+    images = root / known.images[-1]
+    images.mkdir(parents=True)
+    for i, name in enumerate("abc"):
+        picture(i).save(images / f"{name}.png")
+    for file, content in ((known.train, training or records), (known.eval, records)):
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize("benchmark", data.BENCHMARKS)
+def test_published_benchmarks_are_read_as_they_are(tmp_path, benchmark):
+    port = {"port_new": [{"port_edit_q": "x", "port_edit_a": "y", "port_q": "Does it bark?", "port_a": "yes"}]}
+    root = published(tmp_path, benchmark, [RECORD | (port if "onehop" in benchmark else {})])
+    files = data.benchmark_files(benchmark, root)
+    (plain,), (official,) = (data.read_records(files.eval, files.images, form) for form in (None, benchmark))
+    assert (data.PORTABILITY in plain.queries) == ("onehop" in benchmark)
+    prompts = {name: query.prompt for name, query in official.queries.items()}
+    assert prompts["modal_locality"] == "What color is it? The answer is:" and prompts["text_locality"] == "nq question: how many legs has a spider?"
+    assert prompts["reliability"] == ("What is it? The answer is:" if benchmark == "evqa" else "What is it?")
+    assert not any("The answer is:" in query.prompt for query in plain.queries.values())
+    assert data.check_pictures([plain]) == 3
+
+
+def test_benchmark_files_that_are_missing_are_named(tmp_path):
+    with pytest.raises(ValueError, match="needs --data-root"):
+        data.benchmark_files("evqa")
+    with pytest.raises(FileNotFoundError, match="vqa_eval.json"):
+        data.benchmark_files("evqa", tmp_path)
+    root = published(tmp_path, "vlkeb", [RECORD | {"port_new": [{"port_q": "?"}]}])
+    with pytest.raises(ValueError, match="record 0 lacks a text in port_a"):
+        data.read_records(root / "eval.json", root / "VLKEB_images")
+    with pytest.raises(FileNotFoundError, match="--image-root"):
+        data.benchmark_files("vlkeb", root, tmp_path / "nowhere")
+    assert data.benchmark_files(str(root / "eval.json"), image_root=root / "VLKEB_images") == data.benchmark_files("vlkeb", root)
+
+
+def test_locality_questions_of_the_evaluation_leave_the_training(tmp_path):
+    other = RECORD | {"loc": "how much is 1 and 1", "m_loc_q": "Is it big?"}
+    folder = benchmark_folder(tmp_path / "set", [RECORD, other])
+    training, (sample, _) = (data.read_records(folder / "eval.json", folder / "images") for _ in range(2))
+    kept, left_out = data.without_leaks(training, [sample])
+    assert "modal_locality" not in kept[0].queries and "text_locality" not in kept[0].queries and "reliability" in kept[0].queries
+    assert {"modal_locality", "text_locality"} <= set(kept[1].queries) and left_out == sum(len(t.queries) - len(k.queries) for t, k in zip(training, kept))
 
 
 # ------------------------------------------------------------------------------------------------ metrics and the main job
@@ -922,11 +981,236 @@ def test_the_main_job_runs_on_benchmark_files(tmp_path):
     assert row["edits"] == 6 and row["teacher_forced"]["text_locality"] == 100
 
 
+def test_the_main_job_runs_on_a_published_benchmark_in_its_own_form(tmp_path):
+    port = {"port_new": [{"port_q": "Does it bark?", "port_a": "yes"}]}
+    records = [RECORD | port | {"src": f"What is it, {i}?", "loc": f"how much is {i} and 1"} for i in range(6)]
+    root = published(tmp_path / "VLKEB", "vlkeb-onehop", records, [r | {"src": f"Who is it, {i}?"} for i, r in enumerate(records)])
+    result = command("--data", "vlkeb-onehop", "--data-root", str(root), "--prompt-style", "official", "--exclude-leaks", "--train-steps", "2",
+                     "--batch-size", "2", "--out", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    assert "18 locality questions" in result.stdout and "Port" in result.stdout
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["rows"][-1]["free_running"]["portability"] is not None and metrics["config"]["prompt_style"] == "official"
+
+
+def test_a_dry_run_says_what_it_found_and_loads_nothing(tmp_path):
+    folder = tmp_path / "no weights"
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    result = command("--model", str(folder), "--dry-run", "--train-samples", "100")
+    assert result.returncode == 0, result.stderr
+    assert "1.9 M parameters, edit layer 3 of 6" in result.stdout and "learning rate 0.003" in result.stdout
+    assert command("--model", str(folder), "--train-samples", "100").returncode == 1
+
+
+def test_an_interrupted_training_resumes_exactly(tmp_path):
+    arguments = ["--edits", "5", "--train-steps", "60", "--train-samples", "60", "--batch-size", "4"]
+    result = command(*arguments, "--resume", "--out", str(tmp_path / "a"))
+    assert result.returncode == 1 and "no training to resume" in result.stderr
+    process = subprocess.Popen([sys.executable, str(HERE / "run.py"), *arguments, "--out", str(tmp_path / "a")], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, cwd=HERE)
+    for line in iter(lambda: process.stderr.read(80), ""):
+        if re.search(r"training the editor: +[1-9]", line):
+            process.send_signal(signal.SIGINT)
+            break
+    message = process.communicate()[1]
+    assert process.returncode == 1 and "--resume continues" in message, message
+    result = command(*arguments[:-1], "5", "--resume", "--out", str(tmp_path / "a"))
+    assert result.returncode == 1 and "batch_size 4 (here 5)" in result.stderr
+    for more, out in ((["--resume"], "a"), ([], "b")):
+        result = command(*arguments, *more, "--out", str(tmp_path / out))
+        assert result.returncode == 0, result.stderr
+    interrupted, whole = (json.loads((tmp_path / out / "metrics.json").read_text()) for out in "ab")
+    assert interrupted["training"]["losses"] == whole["training"]["losses"] and len(whole["training"]["losses"]) == 10
+    assert interrupted["rows"] == whole["rows"]
+
+
 def test_readme_python_runs(small_run, tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     block = block.replace('"output/editor"', repr(str(small_run / "editor")))
     result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=HERE)
     assert result.returncode == 0, result.stderr
+
+
+# ------------------------------------------------------------------------------------------------ other families
+
+VOCABULARY, BOS, EOS, PAD, IMAGE = 700, 0, 1, 2, 3  # the ids of tiny-llava's tokenizer
+LLAMA = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=512, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+TOWER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8)
+OPT = dict(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512,
+           word_embed_proj_dim=32, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+FAMILIES = {  # small random models of the real configuration classes
+    "llava": lambda: transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER, projection_dim=32), text_config=transformers.LlamaConfig(**LLAMA),
+        image_token_id=IMAGE, vision_feature_layer=-1, image_seq_length=4),
+    "llava_next": lambda: transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**TOWER, projection_dim=32), text_config=transformers.LlamaConfig(**LLAMA),
+        image_token_id=IMAGE, vision_feature_layer=-1, image_seq_length=4, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]]),
+    "blip-2": lambda: transformers.Blip2Config(
+        vision_config=TOWER, qformer_config={k: TOWER[k] for k in list(TOWER)[:4]} | {"encoder_hidden_size": 32},
+        text_config=transformers.OPTConfig(**OPT), num_query_tokens=4, image_token_index=IMAGE),
+    "paligemma": lambda: transformers.PaliGemmaConfig(
+        vision_config=transformers.SiglipVisionConfig(**TOWER, projection_dim=32), text_config=transformers.GemmaConfig(**LLAMA, head_dim=8),
+        image_token_id=IMAGE, projection_dim=32, hidden_size=32),
+    "idefics3": lambda: transformers.Idefics3Config(
+        vision_config=TOWER, text_config=transformers.LlamaConfig(**LLAMA), image_token_id=IMAGE, scale_factor=2),
+    "qwen2_5_vl": lambda: transformers.Qwen2_5_VLConfig(
+        vision_config=dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=8, spatial_merge_size=2, temporal_patch_size=2,
+                           out_hidden_size=32, window_size=16, fullatt_block_indexes=[1]),
+        text_config=LLAMA | {"rope_scaling": dict(type="mrope", mrope_section=[1, 1, 2])}, image_token_id=IMAGE, video_token_id=690,
+        vision_start_token_id=691, vision_end_token_id=692),
+}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """A random model of the family, written to disk and loaded back as any checkpoint."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp(request.param)
+    model = AutoModelForImageTextToText.from_config(FAMILIES[request.param]())
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= 3  # with the usual initialisation all inputs look alike
+    model.save_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    model.generation_config.eos_token_id = None
+    return request.param, model
+
+
+def prepared(family: str, rows: int, answer: int = 3) -> dict:
+    """Random inputs as the family's own processor would lay them out: where the image tokens stand, what comes along."""
+    image, head, tail = [IMAGE] * 4, [BOS], []
+    extra = {"pixel_values": torch.randn(rows, 3, 16, 16)}
+    if family == "llava_next":  # four tiles and a small whole, with row ends
+        image, extra = [IMAGE] * 24, {"pixel_values": torch.randn(rows, 5, 3, 16, 16), "image_sizes": torch.tensor([[32, 32]] * rows)}
+    elif family in ("blip-2", "paligemma"):
+        head, tail = [], [BOS]
+    elif family == "idefics3":  # one token for each of three tiles, with others between them
+        image = [IMAGE, 650, IMAGE, 650, IMAGE]
+        extra = {"pixel_values": torch.randn(rows, 3, 3, 16, 16), "pixel_attention_mask": torch.ones(rows, 3, 16, 16, dtype=torch.long)}
+    elif family == "qwen2_5_vl":
+        head, tail = [BOS, 691], [692]
+        extra = {"pixel_values": torch.randn(rows * 16, 384), "image_grid_thw": torch.tensor([[1, 4, 4]] * rows)}
+    ids = torch.cat([torch.tensor([head + image + tail] * rows), torch.randint(10, 600, (rows, 5 + answer))], 1)
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < ids.shape[1] - answer, -100)
+    extra |= {"token_type_ids": (labels != -100).long()} if family == "paligemma" else {}
+    extra |= {"mm_token_type_ids": (ids == IMAGE).long()} if family == "qwen2_5_vl" else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **extra}
+
+
+def cut(inputs: dict, tokens: int) -> dict:
+    """Without the last tokens and without labels."""
+    shape = inputs["input_ids"].shape
+    return {k: v[:, :-tokens] if v.shape == shape else v for k, v in inputs.items() if k != "labels"}
+
+
+@torch.no_grad()
+def test_the_laws_hold_for_other_families(family):
+    name, model = family
+    editor = strong_editor(model, None, module_dim=32)
+    inputs = prepared(name, 3)
+    original = model(**inputs).logits
+    states = editor.capture_inputs(inputs)
+    assert_close(editor._upper(states.hidden, states), original[:, :-1][inputs["labels"][:, 1:] != -100], 1e-5)
+    editor.edit_inputs(inputs, [(picture(i), f"question {i}", "answer") for i in range(3)])
+    edited = model(**inputs).logits
+    assert all(not torch.allclose(edited[row], original[row], atol=1e-2) for row in range(3)), "an edit changed nothing"
+    assert [len(kept) for kept in editor.explain(inputs)] == [3] * 3
+    with editor.disabled():
+        assert_same(model(**inputs).logits, original)
+    patches = lambda key, row: slice(16 * row, 16 * row + 16) if (name, key) == ("qwen2_5_vl", "pixel_values") else slice(row, row + 1)
+    for row in range(3):
+        assert_close(model(**{k: v[patches(k, row)] for k, v in inputs.items()}).logits[0], edited[row], 2e-3)
+    prompt, settings = cut(inputs, 3), dict(max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    made = model.generate(**prompt, **settings)[:, -5:]
+    with editor.disabled():
+        assert not torch.equal(made, model.generate(**prompt, **settings)[:, -5:]), "generate ignores the edits"
+    assert model.generate(**prompt, **settings, num_beams=2).shape[0] == 3
+    step, length = prompt, prompt["input_ids"].shape[1]
+    for _ in range(5):  # the whole sequence each time, the prompt marked by labels
+        labels = step["input_ids"].masked_fill(torch.arange(step["input_ids"].shape[1]) < length, -100)
+        token = model(**step, **({"labels": labels} if step is not prompt else {})).logits[:, -1:].argmax(-1)
+        one = {"input_ids": token, "mm_token_type_ids": torch.zeros_like(token)}  # 1 in all others: attended, and no prefix
+        step = step | {k: torch.cat([v, one.get(k, torch.ones_like(token))], 1) for k, v in step.items() if v.shape == step["input_ids"].shape}
+    assert_same(made, step["input_ids"][:, -5:])
+    editor.reset()
+    assert_same(model(**inputs).logits, original)
+    with torch.enable_grad():
+        parts = [editor.capture_inputs(prepared(name, 3)) for _ in range(3)]
+        losses = editor.training_losses(States.concat(parts), torch.arange(3).repeat_interleave(3), torch.arange(3).repeat(3))
+        losses["total"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in editor.parameters() if p is not editor.router.log_scale)
+    assert len(model._forward_pre_hooks) == 1 and not editor.detach()._forward_pre_hooks
+
+
+def processor_of(family: str):
+    tokenizer = AutoProcessor.from_pretrained(TINY).tokenizer
+    small = dict(size={"height": 16, "width": 16})
+    if family == "llava_next":
+        images = transformers.LlavaNextImageProcessor(size={"shortest_edge": 16}, crop_size=small["size"], image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]])
+        return transformers.LlavaNextProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    if family == "blip-2":  # its processor wants a tokenizer that knows no image token yet
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+        return transformers.Blip2Processor(transformers.BlipImageProcessor(**small), tokenizer, num_query_tokens=4)
+    if family == "paligemma":
+        images = transformers.SiglipImageProcessor(**small)
+        images.image_seq_length = 4
+        return transformers.PaliGemmaProcessor(images, tokenizer)
+    tokenizer.add_tokens(["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<row_1_col_1>"], special_tokens=True)
+    images = transformers.Idefics3ImageProcessor(size={"longest_edge": 16}, max_image_size={"longest_edge": 16})
+    return transformers.Idefics3Processor(images, tokenizer, image_seq_len=1)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llava", "qwen2_5_vl"}), indirect=True)  # tiny-llava is one; that needs torchvision
+def test_encode_works_with_the_processors_of_other_families(family):
+    name, model = family
+    editor = strong_editor(model, processor_of(name), module_dim=32)
+    editor.edit_many([(picture(i), QUESTIONS[i], f"answer {i}") for i in range(2)])
+    mixed = editor.encode([picture(0), None, picture(1)], ["What shape is this?", "What is 3 plus 4?", "Describe it."], ["a star", "seven", "no"])
+    edited = logits_of(editor, mixed)
+    with editor.disabled():
+        original = logits_of(editor, mixed)
+    assert_same(edited[1], original[1])
+    assert not torch.equal(edited[0], original[0]) and not torch.equal(edited[2], original[2])
+    alone = editor.encode(picture(0), "What shape is this?", "a star")
+    at = lambda inputs, logits, row: logits[row, :-1][inputs["labels"][row, 1:] != -100]
+    assert_close(at(mixed, edited, 0), at(alone, logits_of(editor, alone), 0), 5e-3)
+
+
+def test_models_that_cannot_be_edited_are_refused_in_a_sentence(base):
+    model, processor = base
+    with pytest.raises(TypeError, match="image_token_id"):
+        LiveEdit(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), processor)
+    with pytest.raises(TypeError, match="no vision-language model"):
+        LiveEdit(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER)), processor)
+    with pytest.raises(TypeError, match="compiled"):
+        LiveEdit(torch.compile(model), processor)
+    for attribute, message in (("peft_config", "merge_and_unload"), ("hf_quantizer", "bfloat16")):
+        other = AutoModelForImageTextToText.from_pretrained(TINY)
+        other.__dict__[attribute] = object()
+        with pytest.raises(TypeError, match=message):
+            LiveEdit(other, processor)
+    config = FAMILIES["blip-2"]()
+    config.image_token_index = None
+    with pytest.raises(TypeError, match="image_token_id"):
+        LiveEdit(AutoModelForImageTextToText.from_config(config), processor)
+    with pytest.raises(RuntimeError, match="no processor"):
+        strong_editor(model, None).encode(picture(), "What shape is this?")
+
+
+def test_a_backbone_in_bfloat16_keeps_its_dtype_and_the_editor_single_precision():
+    model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.bfloat16).eval()
+    editor = strong_editor(model, AutoProcessor.from_pretrained(TINY))
+    editor.edit_many(questions(2))
+    inputs = editor.encode(picture(), QUESTIONS[0])
+    assert logits_of(editor, inputs).dtype == torch.bfloat16 and {p.dtype for p in editor.parameters()} == {torch.float32}
+    assert editor.experts.U.dtype == torch.float32
+    edited = logits_of(editor, inputs)
+    with editor.disabled():
+        assert not torch.equal(logits_of(editor, inputs), edited)
+    losses = editor.training_losses(*training_batch(editor))
+    losses["total"].backward()
+    assert all(p.grad is None for p in model.parameters())
 
 
 # ------------------------------------------------------------------------------------------------ the tiny LLaVA
