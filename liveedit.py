@@ -791,11 +791,12 @@ class LiveEdit(nn.Module):
         share = 1 / (states.masks.answer.sum(1)[row] * batch)
         log_probs = self._upper(edited, states).log_softmax(-1)
         wrong = -log_probs.gather(1, states.labels[states.masks.answer][:, None]).squeeze(1) * share
-        with torch.no_grad():
-            untouched = (~follows).nonzero().flatten()
-            locality = states.select(untouched)
-            base = self._upper(locality.hidden, locality).log_softmax(-1)
-        drift = (base.exp() * (base - log_probs[~follows[row]])).sum(-1) * share[~follows[row]]
+        drift = wrong.new_zeros(1)
+        if not follows.all():
+            with torch.no_grad():
+                untouched = states.select((~follows).nonzero().flatten())
+                base = self._upper(untouched.hidden, untouched).log_softmax(-1)
+            drift = (base.exp() * (base - log_probs[~follows[row]])).sum(-1) * share[~follows[row]]
         return {"reliability": wrong[role[row] == EDIT].sum(),  # Eq. (8)
                 "generality": wrong[role[row] == GENERALITY].sum(),  # Eq. (9, 10)
                 "locality": drift.sum()}  # Eq. (11): KL( f_base || f_edited )

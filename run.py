@@ -601,7 +601,10 @@ def prepare(options: Options):
     options.out.mkdir(parents=True, exist_ok=True)
     model, processor = load_model(options)
     if options.editor:
-        return options, samples, stream, LiveEdit.from_pretrained(model, processor, options.editor), None
+        editor = LiveEdit.from_pretrained(model, processor, options.editor)
+        if editor.config.prompt_style != options.prompt_style:
+            raise ValueError(f"the editor in {options.editor} was trained with --prompt-style {editor.config.prompt_style}, not {options.prompt_style}")
+        return options, samples, stream, editor, None
     editor = LiveEdit(model, processor, config)
     return options, samples, stream, editor, start_training(editor, options)
 

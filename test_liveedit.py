@@ -742,6 +742,14 @@ def test_locality_loss_is_zero_for_silent_experts_and_a_kl_divergence_else(base)
     editor.detach()
 
 
+def test_a_batch_without_locality_rows_has_no_locality_loss(base):
+    editor = strong_editor(*base)
+    states = editor.capture([*questions(2), *questions(2)])
+    losses = editor.training_losses(states, torch.tensor([EDIT, EDIT, GENERALITY, GENERALITY]), torch.tensor([0, 1, 0, 1]))
+    losses["total"].backward()
+    assert losses["locality"].item() == 0 and losses["reliability"].item() > 0
+
+
 def test_a_batch_of_one_is_refused(base):
     editor = strong_editor(*base)
     states = editor.capture(questions(1))
@@ -1196,6 +1204,23 @@ def test_models_that_cannot_be_edited_are_refused_in_a_sentence(base):
         LiveEdit(AutoModelForImageTextToText.from_config(config), processor)
     with pytest.raises(RuntimeError, match="no processor"):
         strong_editor(model, None).encode(picture(), "What shape is this?")
+
+
+def test_a_model_placed_by_accelerate_is_edited_alike(base, tmp_path):
+    pytest.importorskip("accelerate", reason="optional: pip install accelerate")
+    parts = ["model.vision_tower", "model.multi_modal_projector", "lm_head"] + [f"model.language_model.{p}" for p in ("embed_tokens", "norm", "rotary_emb")]
+    layers = {f"model.language_model.layers.{i}": "disk" if i in (3, 4) else "cpu" for i in range(6)}
+    placed = AutoModelForImageTextToText.from_pretrained(TINY, device_map=dict.fromkeys(parts, "cpu") | layers, offload_folder=tmp_path).eval()
+    answers = []
+    for model in (base[0], placed):
+        editor = strong_editor(model, base[1])
+        editor.edit_many(questions(2))
+        inputs = editor.encode(picture(), QUESTIONS[0])
+        torch.manual_seed(2)
+        answers.append((logits_of(editor, inputs), model.generate(**inputs, max_new_tokens=4), editor.training_losses(*training_batch(editor))["total"]))
+    assert_close(answers[0][0], answers[1][0])
+    assert_same(answers[0][1], answers[1][1])
+    assert answers[0][2].item() == pytest.approx(answers[1][2].item(), rel=1e-4)
 
 
 def test_a_backbone_in_bfloat16_keeps_its_dtype_and_the_editor_single_precision():
