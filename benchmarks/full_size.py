@@ -18,7 +18,7 @@ from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConf
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from liveedit import EDIT, GENERALITY, LOCALITY, LiveEdit, LiveEditConfig, Question  # noqa: E402
+from liveedit import EDIT, LOCALITY, LiveEdit, LiveEditConfig, Question  # noqa: E402
 from run import peak_memory  # noqa: E402
 
 
@@ -71,9 +71,9 @@ def main() -> None:
         editor = LiveEdit(model, processor, LiveEditConfig())
     picture = Image.effect_noise((336, 336), 60).convert("RGB")
     asked = [Question(picture, "What shape is this?", "heart"), Question(picture.transpose(Image.Transpose.ROTATE_90), "Which color is it?", "red")]
-    with timed("one training step, two edits, six rows"):
-        states = editor.capture([*asked, *asked, *asked])
-        role, owner = torch.tensor([EDIT] * 2 + [GENERALITY] * 2 + [LOCALITY] * 2, device=device), torch.tensor([0, 1] * 3, device=device)
+    with timed("one training step, two edits, four rows"):
+        states = editor.capture([*asked, *asked])
+        role, owner = torch.tensor([EDIT] * 2 + [LOCALITY] * 2, device=device), torch.tensor([0, 1] * 2, device=device)
         losses = editor.training_losses(states, role, owner)
         losses["total"].backward()
         torch.optim.Adam([p for p in editor.parameters() if p.grad is not None], lr=1e-4).step()
