@@ -329,6 +329,31 @@ def drawn_stream(edits: int, seed: int) -> list[EditSample]:
     return drawn_samples(edits, split_scenes()[1], f"stream {seed}", held_out=True)
 
 
+UPDATE_FORMS = ("exact", "rephrased", "another picture")
+
+
+class Update(NamedTuple):
+    """A fact of the stream that is edited again."""
+
+    sample: int  # index into the stream
+    form: str  # one of UPDATE_FORMS: how the new edit asks for the fact
+    edit: Query
+
+
+def drawn_updates(stream: list[EditSample], count: int, seed: int) -> list[Update]:
+    """`count` facts of a drawn stream, each edited again with another value of the world, in all forms in turn."""
+    rng, updates = random.Random(f"updates {seed}"), []
+    for n, i in enumerate(rng.sample(range(len(stream)), count)):
+        form = UPDATE_FORMS[n % len(UPDATE_FORMS)]
+        asked = stream[i].queries[("reliability", "text_generality", "modal_generality")[n % len(UPDATE_FORMS)]]
+        scene, family = asked.fact
+        target = asked.target
+        while target == asked.target:
+            target = _edit_target(scene, family, SCENES, rng, novel_share=0.0)[1]
+        updates.append(Update(i, form, replace(asked, target=target)))
+    return updates
+
+
 def drawn_training(count: int, seed: int) -> list[EditSample]:
     """Samples for training an editor, as several streams over the training scenes.
 

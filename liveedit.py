@@ -23,21 +23,22 @@ import json
 import os
 import time
 import weakref
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from generator import ExpertGenerator, apply_experts
-from router import Router, Routing, Rows, hard_filter_loss, soft_router_loss, text_similarity
+from router import Query, Router, Routing, Rows, hard_filter_loss, soft_router_loss, text_similarity
 
 CONFIG_FILE = "liveedit_config.json"
+MOST_PARTS = 20  # files of experts in a saved editor, before they are written as one
 IGNORE = -100  # Hugging Face's label of tokens that are no answer
 
 
@@ -54,6 +55,7 @@ class LiveEditConfig:
     similarity: str = "cosine"  # of the visual hard filter: "cosine", or "dot" as in the official code
     threshold: float | None = None  # fixed threshold of the filter; None: the learned sentinel's similarity
     gain: float = 0.2  # experts are scaled by gain / sqrt(rank)
+    same_fact: str = "exact"  # older edits that a new one replaces: "exact", of the same picture and question, or "router", those too that it takes for the same fact
     prompt_style: str = "chat"  # of encode(): "chat" (the processor's template, or "The answer is:"), or "official" (the prompt as it is)
 
     def __post_init__(self):
@@ -62,6 +64,8 @@ class LiveEditConfig:
                 raise ValueError(f"LiveEditConfig.{name} must be a positive integer, not {getattr(self, name)!r}")
         if self.similarity not in ("cosine", "dot"):
             raise ValueError(f'LiveEditConfig.similarity must be "cosine" or "dot", not {self.similarity!r}')
+        if self.same_fact not in ("router", "exact"):
+            raise ValueError(f'LiveEditConfig.same_fact must be "router" or "exact", not {self.same_fact!r}')
         if self.prompt_style not in ("chat", "official"):
             raise ValueError(f'LiveEditConfig.prompt_style must be "chat" or "official", not {self.prompt_style!r}')
         if self.threshold is not None and self.similarity == "cosine" and not -1 <= self.threshold <= 1:
@@ -210,11 +214,12 @@ class Edit:
     target: str
     image_digest: str
     time: float  # seconds since the epoch
-    superseded: int | None = None  # id of the older edit of the same fact that this one replaced
+    replaces: list[int] = field(default_factory=list)  # ids of all older edits of the same fact, whether in force at the time or not
+    superseded: int | None = None  # the newest of these that is not forgotten: what this edit put out of force
 
     @property
     def fact(self) -> tuple[str, str]:
-        """Two edits of the same picture and question speak of one fact."""
+        """Two edits of the same picture and question speak of one fact, always."""
         return self.image_digest, " ".join(self.prompt.lower().split())
 
 
@@ -225,7 +230,10 @@ def image_digest(image: Image.Image) -> str:
 
 
 class ExpertRepository(nn.Module):
-    """E_t = E_{t-1} + {(U, V, phi_hat, psi_hat)}: preallocated and grown by doubling. Superseded experts stay, but inactive."""
+    """E_t = E_{t-1} + {(U, V, phi_hat, psi_hat)}: preallocated and grown by doubling. Superseded experts stay, but inactive.
+
+    An expert is in force unless an edit that replaces it is there. So forgetting an edit gives what never having made it gives.
+    """
 
     TENSORS = ("U", "V", "visual_keys", "text_keys")
 
@@ -237,7 +245,8 @@ class ExpertRepository(nn.Module):
         self.edits: list[Edit] = []  # in the order of the slots
         self.next_id = 1
         self._slots: dict[int, int] = {}
-        self._facts: dict[tuple[str, str], list[int]] = {}  # ids of the edits of one fact, oldest first
+        self._facts: dict[tuple[str, str], list[int]] = {}  # ids of the edits of the same picture and question
+        self._replaced_by: dict[int, set[int]] = {}  # of each replaced edit, those that are there
 
     def __len__(self) -> int:
         return len(self.edits)
@@ -247,44 +256,62 @@ class ExpertRepository(nn.Module):
         property(lambda self, buffer=f"_{name}": getattr(self, buffer)[:len(self.edits)])
         for name in ("U", "V", "visual_keys", "text_keys", "active"))
 
+    def __contains__(self, edit_id: int) -> bool:
+        return edit_id in self._slots
+
+    def slot(self, edit_id: int) -> int:
+        return self._slots[edit_id]
+
+    def of_fact(self, fact: tuple[str, str]) -> list[int]:
+        """Ids of the edits of the same picture and question."""
+        return self._facts.get(fact, [])
+
     def add(self, tensors: dict[str, Tensor], edits: list[Edit]) -> None:
-        """Append experts, each tensor (n, ...) for n edits; an older edit of the same fact becomes inactive."""
+        """Append experts, each tensor (n, ...) for n edits; what they replace becomes inactive."""
         start, end = len(self.edits), len(self.edits) + len(edits)
         if end > len(self._active):
             self._grow(max(end, 2 * len(self._active), 16))
         for name in self.TENSORS:
             getattr(self, f"_{name}")[start:end] = tensors[name].detach()
+        self._active[start:end] = True
         for slot, edit in enumerate(edits, start=start):
             self.edits.append(edit)
             self._slots[edit.id] = slot
-            same = self._facts.setdefault(edit.fact, [])
-            edit.superseded = same[-1] if same else None
-            same.append(edit.id)
-            self._refresh(same)
+            self._facts.setdefault(edit.fact, []).append(edit.id)
             self.next_id = max(self.next_id, edit.id + 1)
+        for edit in edits:
+            self.replace(edit, edit.replaces)
+
+    def replace(self, edit: Edit, older: list[int]) -> None:
+        """From now on this edit replaces the older ones, as far as they are there."""
+        edit.replaces = sorted({*edit.replaces, *older})
+        present = [old for old in edit.replaces if old in self._slots]
+        edit.superseded = max(present, default=None)
+        for old in edit.replaces:
+            self._replaced_by.setdefault(old, set()).add(edit.id)
+        self._active[[self._slots[old] for old in present]] = False
 
     def remove(self, edit_id: int) -> Edit:
-        """Remove one expert; what it had replaced is in force again. Raises KeyError for an unknown id."""
+        """Remove one expert; what only it had replaced is in force again. Raises KeyError for an unknown id."""
         if edit_id not in self._slots:
             raise KeyError(f"there is no edit with id {edit_id!r}; editor.edits() lists those in force")
         slot, last = self._slots.pop(edit_id), len(self.edits) - 1
         edit, moved = self.edits[slot], self.edits.pop()
-        same = self._facts[edit.fact]
-        same.remove(edit_id)
+        self._facts[edit.fact].remove(edit_id)
         if slot != last:  # the last expert moves into the gap
             for name in (*self.TENSORS, "active"):
                 buffer = getattr(self, f"_{name}")
                 buffer[slot] = buffer[last]
             self.edits[slot] = moved
             self._slots[moved.id] = slot
-        for older, newer in zip([None, *same], same):
-            self.edits[self._slots[newer]].superseded = older
-        self._refresh(same)
+        for old in edit.replaces:
+            self._replaced_by[old].discard(edit_id)
+            if old in self._slots:
+                self._active[self._slots[old]] = not self._replaced_by[old]
+        for newer in self._replaced_by.get(edit_id, ()):
+            other = self.edits[self._slots[newer]]
+            other.superseded = max((old for old in other.replaces if old in self._slots), default=None)
         return edit
-
-    def _refresh(self, same: list[int]) -> None:
-        for edit_id in same:
-            self._active[self._slots[edit_id]] = edit_id == same[-1]
 
     def _grow(self, capacity: int) -> None:
         for name in (*self.TENSORS, "active"):
@@ -690,19 +717,34 @@ class LiveEdit(nn.Module):
                 raise ValueError(f"the edit {q.prompt!r} has no image: the visual filter could never keep it")
         return questions
 
-    def _add(self, questions: list[Question], made: list[dict[str, Tensor]]) -> list[Edit]:
-        """Nothing is added before all experts are made."""
+    def _add(self, questions: list[Question], made: list[tuple[dict[str, Tensor], Query]]) -> list[Edit]:
+        """Nothing is added before all experts are made; then each edit replaces the older ones of the same fact."""
         edits = [Edit(self.experts.next_id + i, q.prompt, q.target, image_digest(q.image), time.time()) for i, q in enumerate(questions)]
         if edits:
-            self.experts.add({name: torch.cat([part[name] for part in made]) for name in ExpertRepository.TENSORS}, edits)
+            self.experts.add({name: torch.cat([part[name] for part, _ in made]) for name in ExpertRepository.TENSORS}, edits)
+            remaining = iter(edits)
+            for _, query in made:
+                self._replace_older([next(remaining) for _ in query.visual], query)
         return edits
 
     @torch.no_grad()
-    def _make_experts(self, states: States) -> dict[str, Tensor]:
+    def _replace_older(self, edits: list[Edit], query: Query) -> None:
+        """The same picture and question are always the same fact; else the router decides, from the new edit's side."""
+        same = self.router.same_fact(query, self.experts.visual_keys, self.experts.text_keys)
+        for row, slot in same.nonzero().tolist() if self.config.same_fact == "router" else ():
+            if self.experts.edits[slot].id < edits[row].id:
+                self.experts.replace(edits[row], [self.experts.edits[slot].id])
+        for edit in edits:
+            self.experts.replace(edit, [old for old in self.experts.of_fact(edit.fact) if old < edit.id])
+
+    @torch.no_grad()
+    def _make_experts(self, states: States) -> tuple[dict[str, Tensor], Query]:
+        """The tensors of one expert per row, and what a query with the same picture and prompt looks like to the router."""
         hidden = states.hidden.float()
         U, V = self.generator(hidden, states.masks.image | states.masks.prompt | states.masks.answer)
         prompt, image = Rows.gather(hidden, states.masks.prompt), Rows.gather(hidden, states.masks.image)
-        return {"U": U, "V": V, "visual_keys": self.router.visual_key(prompt, image), "text_keys": self.router.text_key(prompt)}
+        tensors = {"U": U, "V": V, "visual_keys": self.router.visual_key(prompt, image), "text_keys": self.router.text_key(prompt)}
+        return tensors, self.router.query(prompt, image)
 
     def edits(self) -> list[Edit]:
         """The edits in force, oldest first."""
@@ -812,27 +854,54 @@ class LiveEdit(nn.Module):
                 "image_size": getattr(vision, "image_size", None), "patch_size": getattr(vision, "patch_size", None)}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write editor and edits. Safe against a crash at any moment: the config file names the weights and is replaced last."""
+        """Write editor and edits: `liveedit_config.json`, the networks in one file, the experts in others.
+
+        Safe against a crash at any moment: the config file names the others and is replaced last. Into a folder that holds the same editor only
+        new edits are written, as one file more, until there are MOST_PARTS of them; then the experts are written anew.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        old = json.loads((folder / CONFIG_FILE).read_text()).get("weights") if (folder / CONFIG_FILE).exists() else None
-        weights = f"liveedit-{time.time_ns()}.safetensors"
-        tensors = {f"network.{k}": v for k, v in self.state_dict().items()}
-        tensors |= {f"experts.{name}": getattr(self.experts, name) for name in ExpertRepository.TENSORS}
-        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-        save_file(tensors, folder / weights, metadata={"edits": json.dumps([asdict(e) for e in self.experts.edits])})
-        with open(folder / weights, "rb") as file:
-            os.fsync(file.fileno())  # the weights must be on disk before the config names them
-        content = {"config": asdict(self.config), "backbone": self.fingerprint(), "trained_steps": self.trained_steps,
-                   "next_id": self.experts.next_id, "weights": weights}
+        networks = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        digest = _digest(networks)
+        parts, saved = self._saved_parts(folder, digest)
+        new = [edit for edit in self.experts.edits if saved.get(edit.id) != _lasting(edit)]
+        foreign = [i for i, record in saved.items() if i in self.experts and record != _lasting(self.experts.edits[self.experts.slot(i)])]
+        if foreign or len(parts) >= MOST_PARTS or sum(i not in self.experts for i in saved) > len(self.experts):
+            parts, saved, new = [], {}, list(self.experts.edits)
+        if new:
+            parts.append(f"experts-{time.time_ns()}.safetensors")
+            self._write_experts(folder / parts[-1], new)
+        network_file = f"networks-{digest}.safetensors"
+        if not (folder / network_file).is_file():
+            _write_tensors(folder / network_file, networks, {})
+        content = {"config": asdict(self.config), "backbone": self.fingerprint(), "trained_steps": self.trained_steps, "editor": digest,
+                   "networks": network_file, "experts": parts, "forgotten": [i for i in saved if i not in self.experts],
+                   "next_id": self.experts.next_id}
         draft = folder / (CONFIG_FILE + ".new")
         with open(draft, "w") as file:
             json.dump(content, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, folder / CONFIG_FILE)
-        if old:
-            (folder / old).unlink(missing_ok=True)
+        for file in folder.glob("*.safetensors"):
+            if file.name.startswith(("networks-", "experts-")) and file.name not in (network_file, *parts):
+                file.unlink()
+
+    def _saved_parts(self, folder: Path, digest: str) -> tuple[list[str], dict[int, dict]]:
+        """Files of experts that a folder already holds of this very editor, and the records of the edits in them."""
+        try:
+            content = json.loads((folder / CONFIG_FILE).read_text())
+            if content["editor"] != digest:
+                return [], {}
+            records = [record for part in content["experts"] for record in _read_records(folder / part)]
+        except (OSError, ValueError, KeyError, SafetensorError):
+            return [], {}  # nothing there, or nothing that can be continued: it is written anew
+        return content["experts"], {record["id"]: record for record in records}
+
+    def _write_experts(self, file: Path, edits: list[Edit]) -> None:
+        slots = [self.experts.slot(edit.id) for edit in edits]
+        tensors = {name: getattr(self.experts, name)[slots].cpu().contiguous() for name in ExpertRepository.TENSORS}
+        _write_tensors(file, tensors, {"edits": json.dumps([_lasting(edit) for edit in edits])})
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, processor, folder: str | Path) -> "LiveEdit":
@@ -840,8 +909,13 @@ class LiveEdit(nn.Module):
         path = Path(folder) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is no saved editor: it has no {CONFIG_FILE}")
-        content = json.loads(path.read_text())
-        editor = cls(model, processor, LiveEditConfig(**content["config"]))
+        try:
+            content = json.loads(path.read_text())
+            config = LiveEditConfig(**content["config"])
+            content["backbone"], content["networks"], content["experts"], content["forgotten"], content["next_id"], content["trained_steps"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
+        editor = cls(model, processor, config)
         try:
             editor._load(Path(folder), content)
         except BaseException:
@@ -854,14 +928,76 @@ class LiveEdit(nn.Module):
         if saved != here:
             differing = ", ".join(f"{key} {saved.get(key)} (here {here[key]})" for key in here if saved.get(key) != here[key])
             raise ValueError(f"the editor in {folder} was trained on another backbone: {differing}")
-        with safe_open(folder / content["weights"], framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            edits = [Edit(**e) for e in json.loads(file.metadata()["edits"])]
-        self.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
-        order = sorted(range(len(edits)), key=lambda slot: edits[slot].id)  # older edits first, so that newer ones supersede them
-        if edits:
-            self.experts.add({name: tensors[f"experts.{name}"][order] for name in ExpertRepository.TENSORS}, [edits[i] for i in order])
+        try:
+            self.load_state_dict(load_file(folder / content["networks"]))
+            for part in content["experts"]:
+                self._load_experts(folder / part, leave_out=set(content["forgotten"]))
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"the saved editor in {folder} is damaged: {error}") from error
         self.trained_steps, self.experts.next_id = content["trained_steps"], content["next_id"]
+
+    def _load_experts(self, file: Path, leave_out: set[int]) -> None:
+        edits = [Edit(**record) for record in _read_records(file)]
+        kept = [i for i, edit in enumerate(edits) if edit.id not in leave_out]
+        if kept:
+            tensors = load_file(file)
+            self.experts.add({name: tensors[name][kept] for name in ExpertRepository.TENSORS}, [edits[i] for i in kept])
+
+    def save_experts(self, file: str | Path) -> None:
+        """The experts alone, for someone who has the same editor."""
+        slots = range(len(self.experts))
+        tensors = {name: getattr(self.experts, name)[list(slots)].cpu().contiguous() for name in ExpertRepository.TENSORS}
+        _write_tensors(Path(file), tensors, {"edits": json.dumps([_lasting(edit) for edit in self.experts.edits]),
+                                             "editor": _digest({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()})})
+
+    def load_experts(self, file: str | Path) -> list[Edit]:
+        """Add experts that `save_experts` wrote elsewhere, as newer edits than those here. Raises ValueError if they are of another editor."""
+        try:
+            with safe_open(file, framework="pt") as opened:
+                metadata = opened.metadata() or {}
+            records, tensors = [Edit(**record) for record in json.loads(metadata["edits"])], load_file(file)
+        except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+            raise ValueError(f"{file} holds no experts of a LiveEdit editor: {error!r}") from None
+        if metadata.get("editor") != _digest({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}):
+            raise ValueError(f"the experts in {file} were made by another editor: its networks differ from this one's")
+        ids = {edit.id: self.experts.next_id + i for i, edit in enumerate(sorted(records, key=lambda edit: edit.id))}
+        edits = [replace(edit, id=ids[edit.id], replaces=[ids[i] for i in edit.replaces if i in ids]) for edit in records]
+        self.experts.add({name: tensors[name] for name in ExpertRepository.TENSORS}, edits)
+        for edit in edits:
+            self.experts.replace(edit, [old for old in self.experts.of_fact(edit.fact) if old < edit.id])
+        return edits
+
+
+def explanation_table(kept: list[dict]) -> str:
+    """One row of `explain` as a readable table."""
+    if not kept:
+        return "no edit was kept: the model answers as if there were none"
+    lines = [f"{'edit':>6} {'similarity':>10} {'threshold':>10} {'weight':>7}  question -> answer"]
+    lines += [f"{k['id']:>6} {k['similarity']:>10.3f} {k['threshold']:>10.3f} {k['weight']:>7.3f}  {k['prompt']} -> {k['target']}" for k in kept]
+    return "\n".join(lines)
+
+
+def _lasting(edit: Edit) -> dict:
+    """What is written of an edit: all that later edits and forgetting cannot change."""
+    return {key: value for key, value in asdict(edit).items() if key != "superseded"}
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode() + tensors[key].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    save_file(tensors, file, metadata=metadata)
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())  # on disk before anything names it
+
+
+def _read_records(file: Path) -> list[dict]:
+    with safe_open(file, framework="pt") as opened:
+        return json.loads(opened.metadata()["edits"])
 
 
 def soft_weights_of_subset(scores: Tensor, owner: Tensor, role: Tensor) -> Tensor:

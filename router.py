@@ -36,6 +36,8 @@ class Rows(NamedTuple):
         order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :length]
         return cls(hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1])), mask.gather(1, order))
 
+SAME_FACT_MARGIN = 0.5  # in units of the routing losses' logits; chosen on scenes of the editor's training
+
 
 class FeatureExtractor(nn.Module):
     """Routing features of a query, the same form with separate weights on the edit side and on the input side."""
@@ -131,6 +133,11 @@ class Router(nn.Module):
         products = (query.visual * query.sentinel).sum(-1).mean(-1)
         return products if self.cosine else products * query.visual.shape[-1] ** -0.5
 
+    def thresholds(self, query: Query) -> Tensor:
+        """Above which similarity each query keeps an expert (B,): its own sentinel's, or the fixed number."""
+        own = self.sentinel_similarity(query)
+        return own if self.threshold is None else torch.full_like(own, self.threshold)
+
     def visual_logits(self, similarity: Tensor) -> Tensor:
         """Similarities as logits of the routing losses."""
         return similarity * self.log_scale.exp() if self.cosine else similarity
@@ -141,8 +148,7 @@ class Router(nn.Module):
         Beyond one product with all visual keys the work depends on the kept experts only.
         """
         similarity = self.visual_similarity(query.visual, visual_keys)
-        threshold = (self.sentinel_similarity(query) if self.threshold is None
-                     else similarity.new_full((len(similarity),), self.threshold))
+        threshold = self.thresholds(query)
         # Eq. (5): keep expert e iff sim(phi_bar, phi_hat_e) > sim(phi_bar, phi_bar_Theta)
         kept = similarity > threshold[:, None]
         if active is not None:
@@ -150,6 +156,15 @@ class Router(nn.Module):
         experts = kept.any(0).nonzero().flatten()
         scores = text_similarity(query.text, text_keys[experts])
         return Routing(similarity, threshold, experts, soft_weights(scores, kept[:, experts]))
+
+    def same_fact(self, query: Query, visual_keys: Tensor, text_keys: Tensor) -> Tensor:
+        """(B, N): does an edit with these input-side features speak of the fact of a stored expert? Kept by the visual filter by a
+        margin, and so sure a match of the questions that the text router would give it more than half its weight."""
+        similarity = self.visual_similarity(query.visual, visual_keys)
+        same = self.visual_logits(similarity - self.thresholds(query)[:, None]) > SAME_FACT_MARGIN
+        experts = same.any(0).nonzero().flatten()
+        same[:, experts] &= text_similarity(query.text, text_keys[experts]) > 0
+        return same
 
 
 def text_similarity(query: Tensor, keys: Tensor) -> Tensor:

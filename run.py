@@ -3,6 +3,7 @@
     python run.py                                  tiny-llava, 500 edits of the drawn world
     python run.py --data FOLDER                    FOLDER holds train.json, eval.json and images/ (E-VQA's 11 fields)
     python run.py --editor output/editor --out again      stream into an editor that was trained before
+    python run.py ask --editor output/editor --image cat.png "What is this?"      one question, before and after
 
 Writes metrics.json, predictions.jsonl, edits.png and the editor to the output folder.
 """
@@ -33,10 +34,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from data import (BENCHMARKS, KINDS, LOCALITY, PORTABILITY, QUERY_NAMES, EditSample, Query, benchmark_files, check_pictures,
-                  consistent_batches, drawn_stream, drawn_training, read_records, without_leaks)
+from data import (BENCHMARKS, KINDS, LOCALITY, PORTABILITY, QUERY_NAMES, UPDATE_FORMS, EditSample, ImageFile, Query, benchmark_files, check_pictures,
+                  consistent_batches, drawn_stream, drawn_training, drawn_updates, read_records, without_leaks)
 from liveedit import (EDIT, GENERALITY as FOLLOWS, HARD_LOCALITY, LOCALITY as UNRELATED, LiveEdit, LiveEditConfig, Question, States,
-                      find_decoder_layers)
+                      explanation_table, find_decoder_layers)
 from router import Rows
 
 SHORT_NAMES = {"tiny-llava": str(Path(__file__).resolve().parent / "tiny-llava"), "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf"}
@@ -464,6 +465,28 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: Options) -> tu
     return rows, predictions, cost
 
 
+def evaluate_updates(editor: LiveEdit, stream: list[EditSample], options: Options) -> dict:
+    """A stream in which a fifth of the edits re-edits earlier facts: how often the newest and the old answer is given, in per cent,
+    to the question of the first edit and to that of the update; and how many edits replaced one of another fact, or missed theirs."""
+    count = len(stream) // 5
+    facts = stream[:len(stream) - count]
+    updates = drawn_updates(facts, count, options.seed)
+    editor.reset()
+    first = editor.edit_many([question(s.edit) for s in facts], options.eval_batch_size)
+    again = editor.edit_many([question(u.edit) for u in updates], options.eval_batch_size)
+    fact_of = {e.id: q.fact for e, q in zip([*first, *again], [*(s.edit for s in facts), *(u.edit for u in updates)])}
+    wrong = [e for e in [*first, *again] if any(fact_of[old] != fact_of[e.id] for old in e.replaces)]
+    asked = [replace(query, target=u.edit.target) for u in updates for query in (facts[u.sample].edit, u.edit)]
+    answers = answer(editor, asked, 4 + max(len(editor.processor.tokenizer(" " + q.target).input_ids) for q in asked), options.eval_batch_size)
+    said = [normalise(a.generated) for a in answers]
+    rows = [{"form": u.form, "newest": answered == normalise(u.edit.target), "old": answered == normalise(facts[u.sample].edit.target),
+             "replaced": first[u.sample].id in edit.replaces}
+            for n, (u, edit) in enumerate(zip(updates, again)) for answered in said[2 * n:2 * n + 2]]
+    shares = lambda rows: {key: mean(r[key] for r in rows) for key in ("newest", "old", "replaced")}
+    return {"edits": len(stream), "n": count, "false_replacements": mean(e in wrong for e in [*first, *again]), **shares(rows),
+            "forms": {form: shares([r for r in rows if r["form"] == form]) for form in UPDATE_FORMS if any(r["form"] == form for r in rows)}}
+
+
 def judge(samples, count: int, before: dict[int, Answer], after: dict[int, Answer], predictions: list[dict]) -> list[dict]:
     """One result per query, also appended to the predictions."""
     results = []
@@ -609,7 +632,33 @@ def prepare(options: Options):
     return options, samples, stream, editor, start_training(editor, options)
 
 
+def ask(arguments: list[str]) -> None:
+    """`run.py ask`: one question to a saved editor, with the answer before and after, and the edits that it concerns."""
+    parser = argparse.ArgumentParser(prog="run.py ask", description=ask.__doc__, allow_abbrev=False)
+    parser.add_argument("question")
+    parser.add_argument("--editor", type=Path, required=True, help="a saved editor")
+    parser.add_argument("--image", type=Path, help="a picture file; without it a text-only question")
+    parser.add_argument("--model", default=Options.model, help="the model that the editor was trained on")
+    parser.add_argument("--device", default=Options.device), parser.add_argument("--dtype", default=Options.dtype)
+    given = parser.parse_args(arguments)
+    try:
+        picture = ImageFile(given.image).open() if given.image else None
+        model, processor = load_model(Options(model=given.model, device=given.device, dtype=given.dtype))
+        editor = LiveEdit.from_pretrained(model, processor, given.editor)
+        inputs = editor.encode(picture, given.question)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        sys.exit(f"run.py ask: {error}")
+    reply = lambda: processor.decode(model.generate(**inputs, max_new_tokens=50, do_sample=False)[0, inputs["input_ids"].shape[1]:],
+                                     skip_special_tokens=True).strip()
+    with editor.disabled():
+        print(f"before: {reply()}")
+    print(f"after:  {reply()}\n{explanation_table(editor.explain(inputs)[0])}")
+
+
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["ask"]:
+        return ask(arguments[1:])
     options = parse_options(arguments)
     keep_freed_memory()
     start = time.time()
@@ -627,15 +676,19 @@ def main(arguments: list[str] | None = None) -> None:
         (options.out / CHECKPOINT_FILE).unlink(missing_ok=True)
     rows, predictions, cost = evaluate(editor, stream, options)
     editor.save_pretrained(options.out / "editor")
+    updates = evaluate_updates(editor, stream, options) if options.data is None and len(stream) >= 5 else None
     with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)
     picture(stream, predictions, options.out / "edits.png")
     metrics = {"options": {k: v if not isinstance(v, Path) else str(v) for k, v in asdict(options).items()}, "config": asdict(editor.config),
                "seed": options.seed, "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
                                                   "python": sys.version.split()[0]},
-               "training": trained, **cost, "seconds": time.time() - start, "peak_memory": peak_memory(), "rows": rows}
+               "training": trained, **cost, "seconds": time.time() - start, "peak_memory": peak_memory(), "updates": updates, "rows": rows}
     (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     print("\n" + table(rows))
+    if updates:
+        print(f"{updates['n']} of {updates['edits']} edits update earlier facts, free-running: newest answer {updates['newest']:.1f} %, old answer "
+              f"{updates['old']:.1f} %; false replacements {updates['false_replacements']:.1f} % of edits")
     print(f"{cost['seconds_per_edit'] * 1000:.1f} ms and {cost['bytes_per_edit'] / 1024:.1f} KiB per edit; peak memory {peak_memory()}; "
           f"{(time.time() - start) / 60:.1f} minutes in all; everything in {options.out}/")
 

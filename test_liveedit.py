@@ -462,6 +462,23 @@ def test_edited_outputs_need_no_gradient_and_two_editors_on_one_model_are_refuse
         editor.model(**inputs | {"attention_mask": torch.ones(1, 1, 4, 4)})
 
 
+def test_the_router_may_decide_what_is_the_same_fact(base):
+    """With a filter that keeps all, the sign of the text score alone decides; forgetting undoes it."""
+    editor = strong_editor(*base, same_fact="router")
+    asked = questions(6)
+    edits = editor.edit_many(asked)
+    features = [editor._make_experts(editor.capture([q])) for q in asked]
+    for n, (edit, (_, query)) in enumerate(zip(edits, features)):
+        scores = text_similarity(query.text, torch.cat([tensors["text_keys"] for tensors, _ in features[:n]])) if n else torch.zeros(1, 0)
+        assert edit.replaces == [edits[i].id for i in (scores[0] > 0).nonzero().flatten().tolist()]
+    replaced = {old for e in edits for old in e.replaces}
+    assert 0 < len(replaced) < 6 and {e.id for e in editor.edits()} == {e.id for e in edits} - replaced
+    for edit in edits[::-1]:
+        editor.forget(edit.id)
+        left = [e for e in edits if e.id < edit.id]
+        assert [e.id for e in editor.edits()] == [e.id for e in left if not any(e.id in other.replaces for other in left)]
+
+
 def test_what_cannot_be_routed_is_refused(editor):
     inputs = editor.encode(picture(), QUESTIONS[0])
     with editor.disabled():
@@ -572,6 +589,7 @@ def test_repository_is_a_list_of_experts_under_random_use():
             values = torch.randn(1, 2, 3)
             edit = Edit(repository.next_id, rng.choice("abcdef"), "x", "image", 0.0)
             repository.add({name: values for name in ExpertRepository.TENSORS}, [edit])
+            repository.replace(edit, [old for old in repository.of_fact(edit.fact) if old < edit.id])
             reference[edit.id] = (edit.prompt, values[0])
         newest = {prompt: max(i for i, (p, _) in reference.items() if p == prompt) for prompt, _ in reference.values()}
         assert {e.id for e in repository.edits} == set(reference) and len(repository.U) == len(reference)
@@ -591,13 +609,63 @@ def test_saved_and_loaded_editors_answer_identically(base, tmp_path):
     editor.save_pretrained(tmp_path)
     editor.save_pretrained(tmp_path)
     editor.detach()
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors"], "leftovers of an older save"
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".safetensors", ".safetensors"], "leftovers of an older save"
     loaded = LiveEdit.from_pretrained(model, processor, tmp_path)
     assert_same(logits_of(loaded, inputs), expected)
     assert loaded.edits() == edits and loaded.edit(picture(), "New?", "yes").id == old.id + 2
     loaded.forget(old.id)
     assert len(loaded.edits()) == 4, "the superseded edit did not come back"
     loaded.detach()
+
+
+def test_a_second_save_writes_the_new_edits_only_and_forgetting_none(base, tmp_path):
+    model, processor = base
+    editor = strong_editor(model, processor)
+    files = lambda: {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")}
+    first = editor.edit_many(questions(6))
+    editor.save_pretrained(tmp_path)
+    before = files()
+    late = editor.edit_many([*questions(2), *questions(2, 10)])  # two of them replace the first two
+    editor.forget(first[5].id)
+    editor.save_pretrained(tmp_path)
+    assert len(files()) == len(before) + 1 and before.items() <= files().items()
+    inputs, edits = editor.encode([picture(0), picture(5)], QUESTIONS[:2]), editor.edits()
+    expected = logits_of(editor, inputs)
+    editor.detach()
+    loaded = LiveEdit.from_pretrained(model, processor, tmp_path)
+    assert loaded.edits() == edits and len(edits) == 7
+    assert_same(logits_of(loaded, inputs), expected)
+    loaded.forget(late[0].id)
+    assert first[0].id in [e.id for e in loaded.edits()]
+    for i in range(25):
+        loaded.edit(*questions(1, 20 + i)[0])
+        loaded.save_pretrained(tmp_path)
+    assert len(files()) <= 22
+    edits = loaded.edits()
+    loaded.detach()
+    again = LiveEdit.from_pretrained(model, processor, tmp_path)
+    again.detach()
+    assert again.edits() == edits
+
+
+def test_experts_alone_travel_to_the_same_editor_and_to_no_other(base, tmp_path):
+    model, processor = base
+    editor = strong_editor(model, processor)
+    editor.edit_many(questions(3))
+    editor.save_experts(tmp_path / "experts.safetensors")
+    inputs = editor.encode([picture(0), picture(1)], QUESTIONS[:2])
+    expected = logits_of(editor, inputs)
+    editor.reset()
+    mine = editor.edit(picture(0), QUESTIONS[0], "mine")
+    arrived = editor.load_experts(tmp_path / "experts.safetensors")
+    assert [e.target for e in editor.edits()] == ["answer 0", "answer 1", "answer 2"] and arrived[0].superseded == mine.id
+    assert_close(logits_of(editor, inputs), expected, 2e-3)
+    editor.norm.weight.data += 1
+    with pytest.raises(ValueError, match="another editor"):
+        editor.load_experts(tmp_path / "experts.safetensors")
+    (tmp_path / "junk").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="holds no experts"):
+        editor.load_experts(tmp_path / "junk")
 
 
 def test_a_crash_while_saving_keeps_the_older_save(base, tmp_path):
@@ -815,6 +883,16 @@ def test_the_drawn_benchmark_keeps_its_promises():
         data.drawn_stream(5000, 0)
 
 
+def test_updates_edit_earlier_facts_again_with_new_answers():
+    stream = data.drawn_stream(90, 0)
+    updates = data.drawn_updates(stream, 30, 0)
+    assert len({u.sample for u in updates}) == 30 and {u.form for u in updates} == set(data.UPDATE_FORMS)
+    for u in updates:
+        old, truth = stream[u.sample].edit, stream[u.sample].edit.fact
+        assert u.edit.fact == truth and u.edit.target not in (old.target, truth[0].answer(truth[1]))
+        assert (u.form == "exact") == (u.edit.image == old.image and u.edit.prompt == old.prompt)
+
+
 def test_same_seed_same_benchmark_in_any_process():
     code = ("import sys, hashlib; sys.path.insert(0, %r); import data\n"
             "s = data.drawn_stream(30, 3)\n"
@@ -967,6 +1045,7 @@ def test_the_main_job_writes_what_it_promises(small_run):
         for way in ("teacher_forced", "free_running"):
             assert row[way]["text_locality"] == row[way]["no_image"] == 100
             assert row[way]["average"] == pytest.approx(sum(row[way][name] for name in run.MAIN_METRICS) / 5)
+    assert metrics["updates"]["edits"] == 12 and set(metrics["updates"]["forms"]) <= set(data.UPDATE_FORMS) and metrics["updates"]["n"] == 2
     assert metrics["bytes_per_edit"] == 4 * (2 * 4 * 128 + 2 * 4 * 128) and metrics["seconds_per_edit"] > 0 and metrics["training"]["steps"] == 20
     lines = [json.loads(line) for line in (small_run / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 8 * (12 + 12 + 10 + 12) and {"prompt", "expected", "before", "after"} <= set(lines[0])
@@ -999,6 +1078,15 @@ def test_the_main_job_runs_on_a_published_benchmark_in_its_own_form(tmp_path):
     assert "18 locality questions" in result.stdout and "Port" in result.stdout
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["rows"][-1]["free_running"]["portability"] is not None and metrics["config"]["prompt_style"] == "official"
+
+
+def test_ask_answers_before_and_after(small_run, tmp_path):
+    picture(3).save(tmp_path / "a.png")
+    result = command("ask", "--editor", str(small_run / "editor"), "--image", str(tmp_path / "a.png"), "What shape is this?")
+    assert result.returncode == 0 and re.match(r"before: \w+\nafter:  .*\n", result.stdout), result.stdout + result.stderr
+    for arguments, message in ((["--editor", "/no/such"], "no saved editor"), (["--editor", str(small_run / "editor"), "--image", "no.png"], "no.png")):
+        result = command("ask", *arguments, "What?")
+        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_dry_run_says_what_it_found_and_loads_nothing(tmp_path):
