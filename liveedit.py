@@ -262,10 +262,6 @@ class ExpertRepository(nn.Module):
     def slot(self, edit_id: int) -> int:
         return self._slots[edit_id]
 
-    def of_fact(self, fact: tuple[str, str]) -> list[int]:
-        """Ids of the edits of the same picture and question."""
-        return self._facts.get(fact, [])
-
     def add(self, tensors: dict[str, Tensor], edits: list[Edit]) -> None:
         """Append experts, each tensor (n, ...) for n edits; what they replace becomes inactive."""
         start, end = len(self.edits), len(self.edits) + len(edits)
@@ -290,6 +286,11 @@ class ExpertRepository(nn.Module):
         for old in edit.replaces:
             self._replaced_by.setdefault(old, set()).add(edit.id)
         self._active[[self._slots[old] for old in present]] = False
+
+    def replace_same_facts(self, edits: list[Edit]) -> None:
+        """Each of these edits replaces the older ones of the same picture and question."""
+        for edit in edits:
+            self.replace(edit, [old for old in self._facts[edit.fact] if old < edit.id])
 
     def remove(self, edit_id: int) -> Edit:
         """Remove one expert; what only it had replaced is in force again. Raises KeyError for an unknown id."""
@@ -469,11 +470,13 @@ class LiveEdit(nn.Module):
             self._call = replace(self._uncached, masks=None, ids=ids, length=ids.shape[1], used=False)
         else:
             masks = self._masks(values)
-            self._call = _Call(masks, ids, None, bool(masks.image.any()), ids, ids.shape[1], pictures)
+            self._call = _Call(masks, ids, with_image=bool(masks.image.any()), prompt_ids=ids, length=ids.shape[1], pictures=pictures)
 
     def _masks(self, inputs: dict) -> RowMasks:
         ids, labels = inputs["input_ids"], inputs.get("labels")
         if labels is not None:  # with logits_to_keep they are those of the last tokens
+            if len(labels) != len(ids) or labels.shape[1] > ids.shape[1]:
+                raise ValueError(f"labels have shape {tuple(labels.shape)}, input_ids {tuple(ids.shape)}")
             labels = F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)
         return row_masks(ids, inputs.get("attention_mask"), labels, self.model.config.image_token_id, self._special_ids.to(ids.device))
 
@@ -715,6 +718,7 @@ class LiveEdit(nn.Module):
         for q in questions:
             if q.image is None:
                 raise ValueError(f"the edit {q.prompt!r} has no image: the visual filter could never keep it")
+            self._rgb(q.image)  # raises if it is no picture
         return questions
 
     def _add(self, questions: list[Question], made: list[tuple[dict[str, Tensor], Query]]) -> list[Edit]:
@@ -722,20 +726,19 @@ class LiveEdit(nn.Module):
         edits = [Edit(self.experts.next_id + i, q.prompt, q.target, image_digest(q.image), time.time()) for i, q in enumerate(questions)]
         if edits:
             self.experts.add({name: torch.cat([part[name] for part, _ in made]) for name in ExpertRepository.TENSORS}, edits)
+            self.experts.replace_same_facts(edits)
             remaining = iter(edits)
-            for _, query in made:
-                self._replace_older([next(remaining) for _ in query.visual], query)
+            for _, query in made if self.config.same_fact == "router" else ():
+                self._replace_by_router([next(remaining) for _ in query.visual], query)
         return edits
 
     @torch.no_grad()
-    def _replace_older(self, edits: list[Edit], query: Query) -> None:
-        """The same picture and question are always the same fact; else the router decides, from the new edit's side."""
+    def _replace_by_router(self, edits: list[Edit], query: Query) -> None:
+        """Each edit replaces the older ones that the router takes for the same fact, seen from the new edit's side."""
         same = self.router.same_fact(query, self.experts.visual_keys, self.experts.text_keys)
-        for row, slot in same.nonzero().tolist() if self.config.same_fact == "router" else ():
+        for row, slot in same.nonzero().tolist():
             if self.experts.edits[slot].id < edits[row].id:
                 self.experts.replace(edits[row], [self.experts.edits[slot].id])
-        for edit in edits:
-            self.experts.replace(edit, [old for old in self.experts.of_fact(edit.fact) if old < edit.id])
 
     @torch.no_grad()
     def _make_experts(self, states: States) -> tuple[dict[str, Tensor], Query]:
@@ -861,16 +864,16 @@ class LiveEdit(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        networks = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        networks = self._networks()
         digest = _digest(networks)
-        parts, saved = self._saved_parts(folder, digest)
+        older, parts, saved = self._saved_parts(folder, digest)
         new = [edit for edit in self.experts.edits if saved.get(edit.id) != _lasting(edit)]
-        foreign = [i for i, record in saved.items() if i in self.experts and record != _lasting(self.experts.edits[self.experts.slot(i)])]
+        foreign = any(edit.id in saved for edit in new)  # the same id for another edit
         if foreign or len(parts) >= MOST_PARTS or sum(i not in self.experts for i in saved) > len(self.experts):
-            parts, saved, new = [], {}, list(self.experts.edits)
+            parts, saved, new = [], {}, self.experts.edits
         if new:
             parts.append(f"experts-{time.time_ns()}.safetensors")
-            self._write_experts(folder / parts[-1], new)
+            self._write_experts(folder / parts[-1], new, digest)
         network_file = f"networks-{digest}.safetensors"
         if not (folder / network_file).is_file():
             _write_tensors(folder / network_file, networks, {})
@@ -883,25 +886,30 @@ class LiveEdit(nn.Module):
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, folder / CONFIG_FILE)
-        for file in folder.glob("*.safetensors"):
-            if file.name.startswith(("networks-", "experts-")) and file.name not in (network_file, *parts):
-                file.unlink()
+        for name in older.difference((network_file, *parts)):  # only what the older save named: other files are not ours
+            (folder / name).unlink(missing_ok=True)
 
-    def _saved_parts(self, folder: Path, digest: str) -> tuple[list[str], dict[int, dict]]:
-        """Files of experts that a folder already holds of this very editor, and the records of the edits in them."""
+    def _networks(self) -> dict[str, Tensor]:
+        """Generator, router and LayerNorm: what makes an editor, apart from its edits."""
+        return {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+
+    def _saved_parts(self, folder: Path, digest: str) -> tuple[set[str], list[str], dict[int, dict]]:
+        """All files that the save in a folder names; those of experts, if it is of this very editor; and the records of the edits in them."""
+        files: set[str] = set()
         try:
             content = json.loads((folder / CONFIG_FILE).read_text())
+            files = {content["networks"], *content["experts"]}
             if content["editor"] != digest:
-                return [], {}
-            records = [record for part in content["experts"] for record in _read_records(folder / part)]
-        except (OSError, ValueError, KeyError, SafetensorError):
-            return [], {}  # nothing there, or nothing that can be continued: it is written anew
-        return content["experts"], {record["id"]: record for record in records}
+                return files, [], {}
+            records = [record for part in content["experts"] for record in _read_records(folder / part)[0]]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return files, [], {}  # nothing there, or nothing that can be continued: it is written anew
+        return files, content["experts"], {record["id"]: record for record in records}
 
-    def _write_experts(self, file: Path, edits: list[Edit]) -> None:
+    def _write_experts(self, file: Path, edits: list[Edit], digest: str) -> None:
         slots = [self.experts.slot(edit.id) for edit in edits]
         tensors = {name: getattr(self.experts, name)[slots].cpu().contiguous() for name in ExpertRepository.TENSORS}
-        _write_tensors(file, tensors, {"edits": json.dumps([_lasting(edit) for edit in edits])})
+        _write_tensors(file, tensors, {"edits": json.dumps([_lasting(edit) for edit in edits]), "editor": digest})
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, processor, folder: str | Path) -> "LiveEdit":
@@ -932,12 +940,12 @@ class LiveEdit(nn.Module):
             self.load_state_dict(load_file(folder / content["networks"]))
             for part in content["experts"]:
                 self._load_experts(folder / part, leave_out=set(content["forgotten"]))
-        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"the saved editor in {folder} is damaged: {error}") from error
         self.trained_steps, self.experts.next_id = content["trained_steps"], content["next_id"]
 
     def _load_experts(self, file: Path, leave_out: set[int]) -> None:
-        edits = [Edit(**record) for record in _read_records(file)]
+        edits = [Edit(**record) for record in _read_records(file)[0]]
         kept = [i for i, edit in enumerate(edits) if edit.id not in leave_out]
         if kept:
             tensors = load_file(file)
@@ -945,26 +953,21 @@ class LiveEdit(nn.Module):
 
     def save_experts(self, file: str | Path) -> None:
         """The experts alone, for someone who has the same editor."""
-        slots = range(len(self.experts))
-        tensors = {name: getattr(self.experts, name)[list(slots)].cpu().contiguous() for name in ExpertRepository.TENSORS}
-        _write_tensors(Path(file), tensors, {"edits": json.dumps([_lasting(edit) for edit in self.experts.edits]),
-                                             "editor": _digest({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()})})
+        self._write_experts(Path(file), self.experts.edits, _digest(self._networks()))
 
     def load_experts(self, file: str | Path) -> list[Edit]:
         """Add experts that `save_experts` wrote elsewhere, as newer edits than those here. Raises ValueError if they are of another editor."""
         try:
-            with safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-            records, tensors = [Edit(**record) for record in json.loads(metadata["edits"])], load_file(file)
+            records, editor = _read_records(Path(file))
+            records, tensors = [Edit(**record) for record in records], load_file(file)
         except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
             raise ValueError(f"{file} holds no experts of a LiveEdit editor: {error!r}") from None
-        if metadata.get("editor") != _digest({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}):
+        if editor != _digest(self._networks()):
             raise ValueError(f"the experts in {file} were made by another editor: its networks differ from this one's")
         ids = {edit.id: self.experts.next_id + i for i, edit in enumerate(sorted(records, key=lambda edit: edit.id))}
         edits = [replace(edit, id=ids[edit.id], replaces=[ids[i] for i in edit.replaces if i in ids]) for edit in records]
         self.experts.add({name: tensors[name] for name in ExpertRepository.TENSORS}, edits)
-        for edit in edits:
-            self.experts.replace(edit, [old for old in self.experts.of_fact(edit.fact) if old < edit.id])
+        self.experts.replace_same_facts(edits)
         return edits
 
 
@@ -995,9 +998,11 @@ def _write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, s
         os.fsync(opened.fileno())  # on disk before anything names it
 
 
-def _read_records(file: Path) -> list[dict]:
+def _read_records(file: Path) -> tuple[list[dict], str]:
+    """The edits of a file of experts as they were written, and the digest of the editor that made them."""
     with safe_open(file, framework="pt") as opened:
-        return json.loads(opened.metadata()["edits"])
+        metadata = opened.metadata()
+    return json.loads(metadata["edits"]), metadata["editor"]
 
 
 def soft_weights_of_subset(scores: Tensor, owner: Tensor, role: Tensor) -> Tensor:

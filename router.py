@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from generator import CrossAttention
 
+SAME_FACT_MARGIN = 0.5  # of `Router.same_fact`, in units of the routing losses' logits; chosen on scenes of the editor's training
+
 
 class Rows(NamedTuple):
     """Hidden states of one kind for each query, padded: states (B, T, D), mask (B, T) True on real rows."""
@@ -35,8 +37,6 @@ class Rows(NamedTuple):
         length = max(int(mask.sum(1).max()), 1)
         order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :length]
         return cls(hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1])), mask.gather(1, order))
-
-SAME_FACT_MARGIN = 0.5  # in units of the routing losses' logits; chosen on scenes of the editor's training
 
 
 class FeatureExtractor(nn.Module):
@@ -158,8 +158,8 @@ class Router(nn.Module):
         return Routing(similarity, threshold, experts, soft_weights(scores, kept[:, experts]))
 
     def same_fact(self, query: Query, visual_keys: Tensor, text_keys: Tensor) -> Tensor:
-        """(B, N): does an edit with these input-side features speak of the fact of a stored expert? Kept by the visual filter by a
-        margin, and so sure a match of the questions that the text router would give it more than half its weight."""
+        """(B, N): does an edit with these input-side features speak of the fact of a stored expert? The visual filter must keep the expert
+        by SAME_FACT_MARGIN, and the questions must match so well that the sigmoid of Eq. (7) is above a half."""
         similarity = self.visual_similarity(query.visual, visual_keys)
         same = self.visual_logits(similarity - self.thresholds(query)[:, None]) > SAME_FACT_MARGIN
         experts = same.any(0).nonzero().flatten()

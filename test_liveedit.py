@@ -485,6 +485,10 @@ def test_what_cannot_be_routed_is_refused(editor):
         foreign = editor.model(**inputs, use_cache=True).past_key_values
     editor.edit(picture(), QUESTIONS[0], "heart")
     token = torch.tensor([[5]])
+    with pytest.raises(ValueError, match="labels have shape"):
+        editor.model(**inputs, labels=F.pad(inputs["input_ids"], (0, 1)))
+    with pytest.raises(TypeError, match="PIL image"):
+        editor.edit_inputs(inputs, [("picture.png", "What shape is this?", "heart")])
     with pytest.raises(ValueError, match="input_ids"):
         editor.model(inputs_embeds=torch.zeros(1, 4, 128))
     with pytest.raises(RuntimeError, match="top-level"):
@@ -519,6 +523,17 @@ def test_prompt_rows_follow_the_image_or_else_the_leading_special_tokens():
     masks = row_masks(ids, (ids != 2).long(), labels, 7, torch.tensor([1, 2]))
     assert masks.prompt.long().tolist() == [[0, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
     assert masks.image.sum().item() == 4 and masks.answer.sum().item() == 1
+
+
+def test_the_official_prompt_style_adds_nothing(base):
+    model, processor = base
+    texts = []
+    for style in ("official", "chat"):
+        editor = strong_editor(model, processor, prompt_style=style)
+        texts.append(processor.tokenizer.decode(editor.encode(picture(), "What is it?")["input_ids"][0]))
+        editor.detach()
+    official, chat = (re.sub("(<image>)+", "<image>", text) for text in texts)
+    assert official == "<s><image>\nWhat is it?" and chat == "<s>USER: <image>\nWhat is it? ASSISTANT:"
 
 
 def test_layer_outputs_as_tensor_and_as_tuple():
@@ -589,7 +604,7 @@ def test_repository_is_a_list_of_experts_under_random_use():
             values = torch.randn(1, 2, 3)
             edit = Edit(repository.next_id, rng.choice("abcdef"), "x", "image", 0.0)
             repository.add({name: values for name in ExpertRepository.TENSORS}, [edit])
-            repository.replace(edit, [old for old in repository.of_fact(edit.fact) if old < edit.id])
+            repository.replace_same_facts([edit])
             reference[edit.id] = (edit.prompt, values[0])
         newest = {prompt: max(i for i, (p, _) in reference.items() if p == prompt) for prompt, _ in reference.values()}
         assert {e.id for e in repository.edits} == set(reference) and len(repository.U) == len(reference)
@@ -653,6 +668,7 @@ def test_experts_alone_travel_to_the_same_editor_and_to_no_other(base, tmp_path)
     editor = strong_editor(model, processor)
     editor.edit_many(questions(3))
     editor.save_experts(tmp_path / "experts.safetensors")
+    editor.save_experts(tmp_path / "experts-mine.safetensors")
     inputs = editor.encode([picture(0), picture(1)], QUESTIONS[:2])
     expected = logits_of(editor, inputs)
     editor.reset()
@@ -663,6 +679,10 @@ def test_experts_alone_travel_to_the_same_editor_and_to_no_other(base, tmp_path)
     editor.norm.weight.data += 1
     with pytest.raises(ValueError, match="another editor"):
         editor.load_experts(tmp_path / "experts.safetensors")
+    editor.save_pretrained(tmp_path)
+    editor.norm.weight.data += 1
+    editor.save_pretrained(tmp_path)  # removes what the older save named, and nothing else
+    assert (tmp_path / "experts-mine.safetensors").exists() and len(list(tmp_path.glob("networks-*"))) == 1
     (tmp_path / "junk").write_bytes(b"junk")
     with pytest.raises(ValueError, match="holds no experts"):
         editor.load_experts(tmp_path / "junk")
@@ -704,7 +724,7 @@ def test_loading_says_what_does_not_fit(base, tmp_path):
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(layer=6), "layers 0 to 5"), (dict(rank=0), "rank"), (dict(heads=7), "heads=7"), (dict(similarity="l2"), "similarity"),
-    (dict(threshold=2.0), "threshold"), (dict(gain=0.0), "gain")])
+    (dict(threshold=2.0), "threshold"), (dict(gain=0.0), "gain"), (dict(prompt_style="mine"), "prompt_style"), (dict(same_fact="all"), "same_fact")])
 def test_wrong_config_is_named(base, wrong, message):
     with pytest.raises(ValueError, match=message):
         LiveEdit(*base, LiveEditConfig(**(dict(module_dim=64) | wrong)))
@@ -941,13 +961,13 @@ def test_records_become_samples(tmp_path):
     ("[{", "no JSON"), ("{}", "list of records"), ("[]", "list of records"), ([RECORD, 5], "record 1 is no object"),
     ([RECORD | {"alt": ""}], "record 0 lacks a text in alt"), ([{k: v for k, v in RECORD.items() if k != "loc"}], "lacks a text in loc"),
     ([RECORD | {"image": "no.png"}], r"missing pictures.*\(1\).*no.png"), ([RECORD | {"m_loc": "bad.png"}], r"decoded \(1\).*bad.png")])
-def test_bad_benchmark_files_are_named_before_any_work(tmp_path, records, message):
+def test_bad_benchmark_files_are_named_before_any_work(tmp_path, capsys, records, message):
     folder = benchmark_folder(tmp_path / "set", records)
     (folder / "images" / "bad.png").write_bytes((folder / "images" / "a.png").read_bytes()[:200])
     with pytest.raises(ValueError, match=message):
         data.check_pictures(data.read_records(folder / "eval.json", folder / "images"))
-    result = command("--data", str(folder), "--train-steps", "1")
-    assert result.returncode == 1 and re.search(message, result.stderr) and "Traceback" not in result.stderr
+    assert re.search(message, refusal(capsys, "--data", str(folder), "--train-steps", "1", "--out", str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def published(root: Path, benchmark: str, records: list, training: list | None = None) -> Path:
@@ -1015,15 +1035,29 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(HERE / "run.py"), *arguments], capture_output=True, text=True, cwd=HERE)
 
 
+def refusal(capsys, *arguments: str) -> str:
+    """What the program says when it ends before its work; in this process, since a new one takes seconds to start."""
+    with pytest.raises(SystemExit) as stopped:
+        run.main(list(arguments))
+    return stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--edits", "0"], "--edits must be at least 1"), (["--model", "/no/such/folder"], "/no/such/folder"), (["--edit", "5"], "unrecognized"),
     (["--dtype", "float17"], "--dtype"), (["--data", "/no/such/folder"], "no annotation file"), (["--editor", "/no/such/folder"], "no saved editor"),
     (["--edits", "5000"], "no room"), (["--learning-rate", "-1"], "--learning-rate"),
+    (["--exclude-leaks"], "--data is missing"), (["--image-root", "x"], "--data is missing"),
+    (["--train-samples", "20", "--edits", "5", "--learning-rate", "1e30", "--batch-size", "4"], "lower --learning-rate"),
     (["--editor", "output/editor"], "would overwrite"), (["--device", "abacus", "--train-samples", "20"], "abacus"),
     (["--out", "README.md", "--train-samples", "20"], "README.md"), (["--layer", "9", "--train-samples", "20"], "layers 0 to 5")])
-def test_wrong_options_end_in_one_sentence(arguments, message):
-    result = command(*arguments)
-    assert result.returncode and message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr, result.stderr
+def test_wrong_options_end_in_one_sentence(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
+    assert message in refusal(capsys, *arguments).splitlines()[-1]
+
+
+def test_a_refusal_of_the_command_line_is_no_traceback():
+    result = command("--model", "/no/such/folder")
+    assert result.returncode == 1 and "/no/such/folder" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr, result.stderr
 
 
 @pytest.fixture(scope="session")
@@ -1059,13 +1093,25 @@ def test_a_saved_editor_gives_the_same_stream_again(small_run, tmp_path):
     assert rows[0] == rows[1]
 
 
-def test_the_main_job_runs_on_benchmark_files(tmp_path):
+def test_the_main_job_runs_on_benchmark_files(tmp_path, capsys):
     records = [RECORD | {"src": f"What is it, {i}?", "loc": f"how much is {i} and 1"} for i in range(6)]
     folder = benchmark_folder(tmp_path / "set", records)
     result = command("--data", str(folder), "--train-steps", "2", "--batch-size", "2", "--out", str(tmp_path / "out"))
     assert result.returncode == 0, result.stderr
     row = json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"][-1]
     assert row["edits"] == 6 and row["teacher_forced"]["text_locality"] == 100
+    (folder / "eval.json").rename(folder / "mine.json")
+    assert 'no "eval" in its name' in refusal(capsys, "--data", str(folder / "mine.json"))
+
+
+def test_every_other_option_reaches_the_editor(tmp_path):
+    result = command("--edits", "5", "--train-steps", "3", "--train-samples", "20", "--batch-size", "4", "--similarity", "dot", "--threshold", "0.5",
+                     "--layer", "5", "--eval-batch-size", "7", "--dtype", "bfloat16", "--device", "cpu", "--seed", "3", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {k: metrics["config"][k] for k in ("similarity", "threshold", "layer")} == {"similarity": "dot", "threshold": 0.5, "layer": 5}
+    assert metrics["seed"] == 3 and metrics["options"]["eval_batch_size"] == 7 and metrics["options"]["dtype"] == "bfloat16"
+    assert metrics["training"]["samples"] == 20 and metrics["training"]["batch_size"] == 4
 
 
 def test_the_main_job_runs_on_a_published_benchmark_in_its_own_form(tmp_path):
@@ -1080,28 +1126,26 @@ def test_the_main_job_runs_on_a_published_benchmark_in_its_own_form(tmp_path):
     assert metrics["rows"][-1]["free_running"]["portability"] is not None and metrics["config"]["prompt_style"] == "official"
 
 
-def test_ask_answers_before_and_after(small_run, tmp_path):
+def test_ask_answers_before_and_after(small_run, tmp_path, capsys):
     picture(3).save(tmp_path / "a.png")
     result = command("ask", "--editor", str(small_run / "editor"), "--image", str(tmp_path / "a.png"), "What shape is this?")
     assert result.returncode == 0 and re.match(r"before: \w+\nafter:  .*\n", result.stdout), result.stdout + result.stderr
     for arguments, message in ((["--editor", "/no/such"], "no saved editor"), (["--editor", str(small_run / "editor"), "--image", "no.png"], "no.png")):
-        result = command("ask", *arguments, "What?")
-        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
+        assert message in refusal(capsys, "ask", *arguments, "What?")
 
 
-def test_a_dry_run_says_what_it_found_and_loads_nothing(tmp_path):
+def test_a_dry_run_says_what_it_found_and_loads_nothing(tmp_path, capsys):
     folder = tmp_path / "no weights"
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     result = command("--model", str(folder), "--dry-run", "--train-samples", "100")
     assert result.returncode == 0, result.stderr
     assert "1.9 M parameters, edit layer 3 of 6" in result.stdout and "learning rate 0.003" in result.stdout
-    assert command("--model", str(folder), "--train-samples", "100").returncode == 1
+    assert "safetensors" in refusal(capsys, "--model", str(folder), "--train-samples", "100", "--out", str(tmp_path / "out"))
 
 
-def test_an_interrupted_training_resumes_exactly(tmp_path):
+def test_an_interrupted_training_resumes_exactly(tmp_path, capsys):
     arguments = ["--edits", "5", "--train-steps", "60", "--train-samples", "60", "--batch-size", "4"]
-    result = command(*arguments, "--resume", "--out", str(tmp_path / "a"))
-    assert result.returncode == 1 and "no training to resume" in result.stderr
+    assert "no training to resume" in refusal(capsys, *arguments, "--resume", "--out", str(tmp_path / "a"))
     process = subprocess.Popen([sys.executable, str(HERE / "run.py"), *arguments, "--out", str(tmp_path / "a")], stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True, cwd=HERE)
     for line in iter(lambda: process.stderr.read(80), ""):
@@ -1110,8 +1154,14 @@ def test_an_interrupted_training_resumes_exactly(tmp_path):
             break
     message = process.communicate()[1]
     assert process.returncode == 1 and "--resume continues" in message, message
-    result = command(*arguments[:-1], "5", "--resume", "--out", str(tmp_path / "a"))
-    assert result.returncode == 1 and "batch_size 4 (here 5)" in result.stderr
+    assert "batch_size 4 (here 5)" in refusal(capsys, *arguments[:-1], "5", "--resume", "--out", str(tmp_path / "a"))
+    assert "is an interrupted training" in refusal(capsys, *arguments, "--out", str(tmp_path / "a"))
+    checkpoint = (tmp_path / "a" / run.CHECKPOINT_FILE).read_bytes()
+    for damaged in (b"", b"junk", checkpoint[:2000]):
+        (tmp_path / "a" / run.CHECKPOINT_FILE).write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            run.Training(None, [], {}).load(tmp_path / "a" / run.CHECKPOINT_FILE)
+    (tmp_path / "a" / run.CHECKPOINT_FILE).write_bytes(checkpoint)
     for more, out in ((["--resume"], "a"), ([], "b")):
         result = command(*arguments, *more, "--out", str(tmp_path / out))
         assert result.returncode == 0, result.stderr
