@@ -20,7 +20,10 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
+import re
+import threading
 import time
 import weakref
 from dataclasses import asdict, dataclass, field, replace
@@ -35,10 +38,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from generator import ExpertGenerator, apply_experts
-from router import Query, Router, Routing, Rows, hard_filter_loss, soft_router_loss, text_similarity
+from router import Query, Router, Routing, Rows, hard_filter_loss, soft_router_loss, soft_weights, text_similarity
 
 CONFIG_FILE = "liveedit_config.json"
-MOST_PARTS = 20  # files of experts in a saved editor, before they are written as one
+PART_BYTES = 2**30  # of one file of experts in a saved editor, about: more experts are written in several
 IGNORE = -100  # Hugging Face's label of tokens that are no answer
 
 
@@ -55,23 +58,32 @@ class LiveEditConfig:
     similarity: str = "cosine"  # of the visual hard filter: "cosine", or "dot" as in the official code
     threshold: float | None = None  # fixed threshold of the filter; None: the learned sentinel's similarity
     gain: float = 0.2  # experts are scaled by gain / sqrt(rank)
-    same_fact: str = "exact"  # older edits that a new one replaces: "exact", of the same picture and question, or "router", those too that it takes for the same fact
+    same_fact: str = "router"  # older edits that a new one replaces: "exact", of the same picture and question, or "router", those too that it takes for the same fact
     prompt_style: str = "chat"  # of encode(): "chat" (the processor's template, or "The answer is:"), or "official" (the prompt as it is)
 
     def __post_init__(self):
         for name in ("module_dim", "rank", "slots", "heads", "sentinel_tokens"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if not is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(f"LiveEditConfig.{name} must be a positive integer, not {getattr(self, name)!r}")
-        if self.similarity not in ("cosine", "dot"):
-            raise ValueError(f'LiveEditConfig.similarity must be "cosine" or "dot", not {self.similarity!r}')
-        if self.same_fact not in ("router", "exact"):
-            raise ValueError(f'LiveEditConfig.same_fact must be "router" or "exact", not {self.same_fact!r}')
-        if self.prompt_style not in ("chat", "official"):
-            raise ValueError(f'LiveEditConfig.prompt_style must be "chat" or "official", not {self.prompt_style!r}')
+        for name, choices in (("similarity", ("cosine", "dot")), ("same_fact", ("router", "exact")), ("prompt_style", ("chat", "official"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f'LiveEditConfig.{name} must be "{choices[0]}" or "{choices[1]}", not {getattr(self, name)!r}')
+        if self.layer is not None and not is_whole(self.layer):
+            raise ValueError(f"LiveEditConfig.layer must be an integer or None, not {self.layer!r}")
+        if self.threshold is not None and not is_finite_number(self.threshold):
+            raise ValueError(f"LiveEditConfig.threshold must be a finite number or None, not {self.threshold!r}")
         if self.threshold is not None and self.similarity == "cosine" and not -1 <= self.threshold <= 1:
             raise ValueError(f"LiveEditConfig.threshold is compared with a cosine and must lie in [-1, 1], not {self.threshold}")
-        if self.gain <= 0:
-            raise ValueError(f"LiveEditConfig.gain must be positive, not {self.gain}")
+        if not is_finite_number(self.gain) or self.gain <= 0:
+            raise ValueError(f"LiveEditConfig.gain must be a positive number, not {self.gain!r}")
+
+
+def is_whole(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # ------------------------------------------------------------------------------------------------ the model's parts
@@ -217,6 +229,11 @@ class Edit:
     replaces: list[int] = field(default_factory=list)  # ids of all older edits of the same fact, whether in force at the time or not
     superseded: int | None = None  # the newest of these that is not forgotten: what this edit put out of force
 
+    def __post_init__(self):
+        texts, numbers = (self.prompt, self.target, self.image_digest), (self.id, *self.replaces)
+        if not (all(isinstance(text, str) for text in texts) and all(is_whole(number) for number in numbers) and is_finite_number(self.time)):
+            raise ValueError(f"this is no record of an edit: {self!r}")
+
     @property
     def fact(self) -> tuple[str, str]:
         """Two edits of the same picture and question speak of one fact, always."""
@@ -235,15 +252,22 @@ class ExpertRepository(nn.Module):
     An expert is in force unless an edit that replaces it is there. So forgetting an edit gives what never having made it gives.
     """
 
-    TENSORS = ("U", "V", "visual_keys", "text_keys")
+    # Only the few experts that a query keeps are read in half precision. All visual keys are compared with each query, and are read as they are.
+    TENSORS = {"U": torch.float16, "V": torch.float16, "visual_keys": torch.float32, "text_keys": torch.float16,
+               "visual_queries": torch.float16, "thresholds": torch.float32}  # the last two: how the filter sees the edit's own question
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+    def __init__(self, rank: int, hidden_size: int, slots: int, module_dim: int):
         super().__init__()
-        for name in self.TENSORS:
-            self.register_buffer(f"_{name}", torch.zeros(0, *shapes[name]), persistent=False)
-        self.register_buffer("_active", torch.zeros(0, dtype=torch.bool), persistent=False)
-        self.edits: list[Edit] = []  # in the order of the slots
+        expert, feature = (rank, hidden_size), (slots, module_dim)
+        self.shapes = {"U": expert, "V": expert, "visual_keys": feature, "text_keys": feature, "visual_queries": feature, "thresholds": ()}
+        for name, dtype in self.TENSORS.items():
+            self.register_buffer(f"_{name}", torch.empty(0, *self.shapes[name], dtype=dtype), persistent=False)
+        self.register_buffer("_active", torch.empty(0, dtype=torch.bool), persistent=False)
         self.next_id = 1
+        self._empty()
+
+    def _empty(self) -> None:
+        self.edits: list[Edit] = []  # in the order of the slots
         self._slots: dict[int, int] = {}
         self._facts: dict[tuple[str, str], list[int]] = {}  # ids of the edits of the same picture and question
         self._replaced_by: dict[int, set[int]] = {}  # of each replaced edit, those that are there
@@ -252,9 +276,8 @@ class ExpertRepository(nn.Module):
         return len(self.edits)
 
     # The slots in use of each buffer, (N, ...).
-    U, V, visual_keys, text_keys, active = (
-        property(lambda self, buffer=f"_{name}": getattr(self, buffer)[:len(self.edits)])
-        for name in ("U", "V", "visual_keys", "text_keys", "active"))
+    U, V, visual_keys, text_keys, visual_queries, thresholds, active = (
+        property(lambda self, buffer=f"_{name}": getattr(self, buffer)[:len(self.edits)]) for name in (*TENSORS, "active"))
 
     def __contains__(self, edit_id: int) -> bool:
         return edit_id in self._slots
@@ -263,12 +286,16 @@ class ExpertRepository(nn.Module):
         return self._slots[edit_id]
 
     def add(self, tensors: dict[str, Tensor], edits: list[Edit]) -> None:
-        """Append experts, each tensor (n, ...) for n edits; what they replace becomes inactive."""
+        """Append experts, each tensor (n, ...) for n edits; what they replace becomes inactive.
+
+        Raises ValueError, and adds nothing, if shapes or ids do not fit or a number is not finite.
+        """
+        tensors = self._checked(tensors, edits)
         start, end = len(self.edits), len(self.edits) + len(edits)
         if end > len(self._active):
             self._grow(max(end, 2 * len(self._active), 16))
-        for name in self.TENSORS:
-            getattr(self, f"_{name}")[start:end] = tensors[name].detach()
+        for name, values in tensors.items():
+            getattr(self, f"_{name}")[start:end] = values
         self._active[start:end] = True
         for slot, edit in enumerate(edits, start=start):
             self.edits.append(edit)
@@ -277,6 +304,23 @@ class ExpertRepository(nn.Module):
             self.next_id = max(self.next_id, edit.id + 1)
         for edit in edits:
             self.replace(edit, edit.replaces)
+
+    def _checked(self, tensors: dict[str, Tensor], edits: list[Edit]) -> dict[str, Tensor]:
+        """The tensors in the precision in which they are kept."""
+        ids = [edit.id for edit in edits]
+        if len(set(ids)) < len(ids) or any(i in self for i in ids):
+            raise ValueError("each edit must have an id of its own; two have the same")
+        kept = {}
+        for name, dtype in self.TENSORS.items():
+            if tensors.get(name) is None or tensors[name].shape != (len(edits), *self.shapes[name]):
+                found = "missing" if tensors.get(name) is None else f"of shape {tuple(tensors[name].shape)}"
+                raise ValueError(f"{name} of {len(edits)} experts must have shape {(len(edits), *self.shapes[name])}, not be {found}")
+            kept[name] = tensors[name].detach().to(dtype)
+            finite = kept[name].flatten(1).isfinite().all(1) if kept[name].dim() > 1 else kept[name].isfinite()
+            if not finite.all():
+                raise ValueError(f"the expert of edit {edits[int((~finite).nonzero()[0])].prompt!r} has {name} that are not finite numbers: weights "
+                                 "of the editor or hidden states of the model are not finite, or out of the range of half precision")
+        return kept
 
     def replace(self, edit: Edit, older: list[int]) -> None:
         """From now on this edit replaces the older ones, as far as they are there."""
@@ -294,7 +338,7 @@ class ExpertRepository(nn.Module):
 
     def remove(self, edit_id: int) -> Edit:
         """Remove one expert; what only it had replaced is in force again. Raises KeyError for an unknown id."""
-        if edit_id not in self._slots:
+        if not is_whole(edit_id) or edit_id not in self._slots:
             raise KeyError(f"there is no edit with id {edit_id!r}; editor.edits() lists those in force")
         slot, last = self._slots.pop(edit_id), len(self.edits) - 1
         edit, moved = self.edits[slot], self.edits.pop()
@@ -314,18 +358,31 @@ class ExpertRepository(nn.Module):
             other.superseded = max((old for old in other.replaces if old in self._slots), default=None)
         return edit
 
+    def clear(self) -> None:
+        """Remove all; the memory is kept for experts to come, and ids are not used again."""
+        self._empty()
+
     def _grow(self, capacity: int) -> None:
         for name in (*self.TENSORS, "active"):
             old = getattr(self, f"_{name}")
-            new = old.new_zeros(capacity, *old.shape[1:])
+            new = old.new_empty(capacity, *old.shape[1:])  # not zeros: the system backs memory when it is first written
             new[:len(old)] = old
             setattr(self, f"_{name}", new)
 
     def bytes_per_edit(self) -> int:
-        return sum(getattr(self, f"_{name}")[:1].new_empty(getattr(self, f"_{name}").shape[1:]).nbytes for name in self.TENSORS)
+        return sum(math.prod(self.shapes[name]) * dtype.itemsize for name, dtype in self.TENSORS.items())
 
 
 # ------------------------------------------------------------------------------------------------ the editor
+
+
+class Mixture(NamedTuple):
+    """The experts that a prefill keeps, as copies: what is edited meanwhile leaves a generation that has begun as it is."""
+
+    weights: Tensor  # (B, n) of Eq. (7)
+    U: Tensor  # (n, R, D)
+    V: Tensor  # (n, R, D)
+    edits: list[int]  # (n) ids
 
 
 @dataclass
@@ -334,7 +391,7 @@ class _Call:
 
     masks: RowMasks | None  # of a prefill; None while decoding
     ids: Tensor | None = None  # input_ids of this call
-    routing: Routing | None = None
+    mixture: Mixture | None = None
     with_image: bool = False  # has any row of the prefill an image?
     prompt_ids: Tensor | None = None  # input_ids of the prefill
     length: int = 0  # tokens of the sequence so far
@@ -342,12 +399,25 @@ class _Call:
     used: bool = False  # the edit layer has run
 
 
+class _ThreadState(threading.local):
+    """What one thread is doing with the model: several may call it at once."""
+
+    call: _Call | None = None
+    uncached: _Call | None = None  # the last prefill without a cache
+    embedded: Tensor | None = None  # the ids that were embedded last, of a model with an inner model
+    disabled: int = 0  # how many `disabled()` blocks are open
+    captured: dict | None = None  # while `capture_inputs` runs the model: what the edit layer got and gave
+
+
 # Roles of the rows of a training batch.
 EDIT, GENERALITY, LOCALITY, HARD_LOCALITY = range(4)
 
 
 class LiveEdit(nn.Module):
-    """Edits a frozen vision-language model; its own weights are never touched, and `detach` removes every trace."""
+    """Edits a frozen vision-language model; its own weights are never touched, and `detach` removes every trace.
+
+    Several threads may ask, edit and forget at once.
+    """
 
     def __init__(self, model: nn.Module, processor=None, config: LiveEditConfig = LiveEditConfig()):
         """Attaches at once. Raises TypeError or ValueError if the model has no decoder layers or image token, or the config does not fit.
@@ -355,6 +425,10 @@ class LiveEdit(nn.Module):
         processor: of Hugging Face; may be None if all inputs are prepared elsewhere (`edit_inputs`, `capture_inputs`).
         """
         super().__init__()
+        if not isinstance(model, nn.Module) or not isinstance(config, LiveEditConfig):
+            raise TypeError(f"LiveEdit takes a loaded model and a LiveEditConfig, not {type(model).__name__} and {type(config).__name__}")
+        if processor is not None and not hasattr(processor, "tokenizer"):
+            raise TypeError(f"the processor must be one of images and text (AutoProcessor), not {type(processor).__name__}")
         layers, norm = find_decoder_layers(model)
         self.config = config = replace(config, layer=len(layers) * 21 // 32 if config.layer is None else config.layer)
         if not 0 <= config.layer < len(layers):
@@ -369,17 +443,14 @@ class LiveEdit(nn.Module):
         self.generator = ExpertGenerator(width, c.module_dim, c.rank, c.heads, c.gain)
         self.router = Router(width, c.module_dim, c.slots, c.heads, c.sentinel_tokens, c.similarity, c.threshold)
         self.norm = nn.LayerNorm(width)  # of the residual, shared by all experts
-        self.experts = ExpertRepository({"U": (c.rank, width), "V": (c.rank, width),
-                                         "visual_keys": (c.slots, c.module_dim), "text_keys": (c.slots, c.module_dim)})
+        self.experts = ExpertRepository(c.rank, width, c.slots, c.module_dim)
         self.trained_steps = 0
         self._special_ids = torch.tensor(self._find_special_ids())
         self._arguments = {module: list(inspect.signature(module.forward).parameters) for module in (model, self._inner) if module is not None}
         self._handles: list = []
-        self._disabled = 0  # how many `disabled()` blocks are open
-        self._call: _Call | None = None
-        self._routes = weakref.WeakKeyDictionary()  # KV cache of a prefill -> its routing
-        self._uncached: _Call | None = None  # the last prefill without a cache
-        self._embedded: Tensor | None = None  # the ids that were embedded last, of a model with an inner model
+        self._routes = weakref.WeakKeyDictionary()  # KV cache of a prefill -> its call
+        self._thread = _ThreadState()
+        self._lock = threading.RLock()  # held while experts are read or changed
         self.to(device_of(layers[config.layer]))
         self.attach()
 
@@ -405,7 +476,7 @@ class LiveEdit(nn.Module):
             raise RuntimeError("another editor is attached to this model; call its detach() first")
         self._handles = [
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self._layers[self.config.layer].register_forward_hook(self._after_layer),
+            self._layers[self.config.layer].register_forward_hook(self._after_layer, with_kwargs=True),
             self.model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)]
         if self._inner is not None:
             self._handles += [
@@ -418,29 +489,29 @@ class LiveEdit(nn.Module):
         """Remove our hooks, and only ours; harmless when already detached. Returns the bare model."""
         while self._handles:
             self._handles.pop().remove()
-        self._call = self._uncached = self._embedded = None
+        self._thread = _ThreadState()
         self._routes.clear()
         return self.model
 
     @contextlib.contextmanager
     def disabled(self):
-        """Inside, the model is the original, exactly. The hooks stay where they are, so their order among others' hooks does too."""
-        self._disabled += 1
+        """Inside, and in this thread, the model is the original, exactly. The hooks stay in their places among those of others."""
+        self._thread.disabled += 1
         try:
             yield self.model
         finally:
-            self._disabled -= 1
+            self._thread.disabled -= 1
 
     def _before_model(self, model, args, kwargs):
         self._begin(dict(zip(self._arguments[model], args)) | kwargs)
 
     def _before_embedding(self, embedding, args):
-        self._embedded = args[0] if args else None
+        self._thread.embedded = args[0] if args else None
 
     def _before_inner(self, inner, args, kwargs):
         """BLIP-2's `generate` runs its inner language model on embeddings: their ids are those that were embedded last."""
-        values, ids = dict(zip(self._arguments[inner], args)) | kwargs, self._embedded
-        if self._call is not None and self._call.ids is ids is not None:
+        values, ids, call = dict(zip(self._arguments[inner], args)) | kwargs, self._thread.embedded, self._thread.call
+        if call is not None and call.ids is ids is not None:
             return  # within a call of the top-level model
         embeddings = values.get("inputs_embeds")
         if values.get("input_ids") is None and ids is not None and embeddings is not None and ids.shape[1] == embeddings.shape[1]:
@@ -449,28 +520,28 @@ class LiveEdit(nn.Module):
 
     def _begin(self, values: dict) -> None:
         """Prefill or decoding? Which rows are image, prompt and answer? values: the arguments of the call, by name."""
-        self._call = None
+        self._thread.call = None
         ids, cache, pictures = values.get("input_ids"), cache_in(values), pictures_in(values)
         past = int(cache.get_seq_length()) if cache is not None else 0
         if cache is not None and past == 0:
             self._routes.pop(cache, None)  # a cache that is filled anew
-        if self._disabled:
+        if self._thread.disabled:
             return
-        if not len(self.experts):
+        if not len(self.experts) and (past == 0 or cache not in self._routes):
             if past == 0:
-                self._call = _Call(None, ids, with_image=True)
+                self._thread.call = _Call(None, ids, with_image=True, prompt_ids=ids, length=0 if ids is None else ids.shape[1], pictures=pictures)
             return
         if ids is None:
             raise ValueError("LiveEdit reads input_ids to find image and prompt; embeddings alone cannot be routed. "
                              "Pass input_ids, or use `with editor.disabled():`")
         if past > 0:
-            self._call = self._continued(cache, ids)
+            self._thread.call = self._continued(cache, ids)
         elif values.get("labels") is None and self._extends_uncached(ids, pictures):
             # Generation without a cache sends all ids so far at each step: the prompt's route holds.
-            self._call = replace(self._uncached, masks=None, ids=ids, length=ids.shape[1], used=False)
+            self._thread.call = replace(self._thread.uncached, masks=None, ids=ids, length=ids.shape[1], used=False)
         else:
             masks = self._masks(values)
-            self._call = _Call(masks, ids, with_image=bool(masks.image.any()), prompt_ids=ids, length=ids.shape[1], pictures=pictures)
+            self._thread.call = _Call(masks, ids, with_image=bool(masks.image.any()), prompt_ids=ids, length=ids.shape[1], pictures=pictures)
 
     def _masks(self, inputs: dict) -> RowMasks:
         ids, labels = inputs["input_ids"], inputs.get("labels")
@@ -482,39 +553,48 @@ class LiveEdit(nn.Module):
 
     def _extends_uncached(self, ids: Tensor, pictures) -> bool:
         """One token more behind the same prompts and pictures? Only prompts are compared: beams swap what they have generated."""
-        last = self._uncached
-        return (last is not None and len(ids) == len(last.prompt_ids) and ids.shape[1] == last.length + 1
+        last = self._thread.uncached
+        return (last is not None and len(ids) == len(last.prompt_ids) and ids.shape[1] == last.length + 1 and not self._forgotten(last)
                 and pictures is last.pictures and torch.equal(ids[:, :last.prompt_ids.shape[1]], last.prompt_ids))
+
+    def _forgotten(self, call: "_Call") -> list[int]:
+        """The edits that a call uses and that were forgotten since."""
+        return [] if call.mixture is None else [i for i in call.mixture.edits if i not in self.experts]
 
     def _continued(self, cache, ids: Tensor) -> "_Call":
         """The route of the prefill that filled this cache."""
-        if cache not in self._routes:
-            raise RuntimeError("this KV cache was not filled by a prefill with the edits attached, or an edit was forgotten since; "
-                               "prefill the whole prompt again")
-        call = self._routes[cache]
+        call = self._routes.get(cache)
+        if call is None:
+            raise RuntimeError("this KV cache was not filled by a prefill with the edits attached; prefill the whole prompt again")
+        if forgotten := self._forgotten(call):
+            raise RuntimeError(f"this KV cache was filled with edit {forgotten[0]}, which was forgotten since; prefill the whole prompt again")
         if ids.shape[1] > 1 and (call.with_image or bool((ids == self.model.config.image_token_id).any())):
             raise RuntimeError(f"{ids.shape[1]} new tokens continue a KV cache: LiveEdit routes whole prompts (no chunked prefill, no "
                                "second turn on an old cache); pass the whole conversation without past_key_values")
         return replace(call, masks=None, ids=ids, used=False)
 
-    def _after_layer(self, layer, args, output):
-        if self._disabled or not len(self.experts):
+    def _after_layer(self, layer, args, kwargs, output):
+        call, captured = self._thread.call, self._thread.captured
+        if captured is not None:
+            captured.update(hidden=hidden_of(output), args=args[1:], kwargs={k: v for k, v in kwargs.items() if k != "hidden_states"})
+            raise _Stop
+        if self._thread.disabled or (call is None and not len(self.experts)):
             return None
-        if self._call is None or self._call.used:
+        if call is None or call.used:
             raise RuntimeError("the edit layer was called without the top-level model: LiveEdit routes calls of the whole model only")
-        hidden, call = hidden_of(output), self._call
+        hidden = hidden_of(output)
         call.used = True
         if call.masks is not None:
-            call.routing = self._route(hidden, RowMasks(*(m.to(hidden.device) for m in call.masks)))
-        if call.routing is None:
+            call.mixture = self._route(hidden, RowMasks(*(m.to(hidden.device) for m in call.masks)))
+        if call.mixture is None:
             return None
-        return with_hidden(output, self._edited(hidden, call.routing))
+        return with_hidden(output, self._edited(hidden, call.mixture))
 
     def _after_model(self, model, args, kwargs, output):
         """Keep the route of a prefill for its decoding steps. Called after an exception too, then without output."""
-        if self._disabled:
+        if self._thread.disabled:
             return
-        call, self._call, self._uncached = self._call, None, None
+        call, self._thread.call, self._thread.uncached = self._thread.call, None, None
         if call is None or output is None:
             return
         cache = cache_in(vars(output)) if hasattr(output, "logits") else None
@@ -522,22 +602,24 @@ class LiveEdit(nn.Module):
         if cache is not None:
             self._routes[cache] = call
         if call.prompt_ids is not None and cache_in(kwargs) is None:
-            self._uncached = call
+            self._thread.uncached = call
 
     @torch.no_grad()
-    def _route(self, hidden: Tensor, masks: RowMasks) -> Routing | None:
-        """Routing of a prefill over all its rows, or None where nothing is edited."""
+    def _route(self, hidden: Tensor, masks: RowMasks) -> Mixture | None:
+        """The experts of a prefill and their weights over all its rows, or None where nothing is edited."""
         rows = masks.image.any(1).nonzero().flatten()
         if not len(rows):
             return None
         if not masks.prompt[rows].any(1).all():
             raise ValueError("a row with an image has no prompt token: labels must be -100 on the prompt")
-        routing = self._routing(hidden[rows], RowMasks(*(m[rows] for m in masks)))
-        if not len(routing.experts):
-            return None
-        weights = routing.weights.new_zeros(len(hidden), routing.weights.shape[1])
-        weights[rows] = routing.weights
-        return routing._replace(weights=weights)
+        with self._lock:
+            routing = self._routing(hidden[rows], RowMasks(*(m[rows] for m in masks)))
+            if not len(routing.experts):
+                return None
+            weights = routing.weights.new_zeros(len(hidden), routing.weights.shape[1])
+            weights[rows] = routing.weights
+            return Mixture(weights, self.experts.U[routing.experts].float(), self.experts.V[routing.experts].float(),
+                           [self.experts.edits[slot].id for slot in routing.experts.tolist()])
 
     def _routing(self, hidden: Tensor, masks: RowMasks) -> Routing:
         """Routing of rows that all have an image."""
@@ -545,15 +627,14 @@ class LiveEdit(nn.Module):
         query = self.router.query(Rows.gather(hidden, masks.prompt), Rows.gather(hidden, masks.image))
         return self.router.route(query, self.experts.visual_keys, self.experts.text_keys, self.experts.active)
 
-    def _edited(self, hidden: Tensor, routing: Routing) -> Tensor:
+    def _edited(self, hidden: Tensor, mixture: Mixture) -> Tensor:
         """Eq. (6) on the rows that have an expert; all other rows are copied bit by bit."""
-        if len(routing.weights) != len(hidden):
-            raise RuntimeError(f"the prefill had {len(routing.weights)} rows, this step has {len(hidden)}: prefill again")
-        rows = (routing.weights > 0).any(1).nonzero().flatten()
-        U, V = self.experts.U[routing.experts], self.experts.V[routing.experts]
+        if len(mixture.weights) != len(hidden):
+            raise RuntimeError(f"the prefill had {len(mixture.weights)} rows, this step has {len(hidden)}: prefill again")
+        rows = (mixture.weights > 0).any(1).nonzero().flatten()
         # Detached: the frozen model's outputs require no gradient because of an edit.
         normed = F.layer_norm(hidden[rows].float(), self.norm.normalized_shape, self.norm.weight.detach(), self.norm.bias.detach(), self.norm.eps)
-        residual = apply_experts(normed, U, V, routing.weights[rows])
+        residual = apply_experts(normed, mixture.U, mixture.V, mixture.weights[rows])
         return hidden.index_add(0, rows, residual.to(hidden.dtype))
 
     # -------------------------------------------------------------------------------------------- model inputs
@@ -563,15 +644,23 @@ class LiveEdit(nn.Module):
 
         With targets, their tokens and the end of sequence follow, padded on the right, and `labels` mark them (-100 elsewhere).
         The one place that knows the prompt form: the processor's chat template, or `<image>\\n{question} The answer is:`.
-        Raises ValueError for an empty prompt or target, or a prompt that holds the image token.
+        Raises TypeError or ValueError for what is no picture or text, an empty prompt or target, a prompt that holds the image token, lists of
+        different lengths, and rows that are longer than the model can read.
         """
         if isinstance(prompt, str):
             image, prompt, target = [image], [prompt], None if target is None else [target]
-        if not len(image) == len(prompt) == (len(prompt) if target is None else len(target)):
+        if not all(isinstance(values, (list, tuple)) for values in (image, prompt, [] if target is None else target)):
+            raise TypeError("encode takes one image, prompt and target, or lists of them; got "
+                            f"{', '.join(type(values).__name__ for values in (image, prompt, target))}")
+        if not 0 < len(image) == len(prompt) == (len(prompt) if target is None else len(target)):
             raise ValueError(f"there are {len(image)} images and {len(prompt)} prompts" + (f" and {len(target)} targets" if target is not None else ""))
         inputs = self._processed([None if picture is None else self._rgb(picture) for picture in image], prompt)
         if target is not None:
             inputs = self._append_targets(inputs, target)
+        longest, tokens = getattr(self.model.config.get_text_config(), "max_position_embeddings", None), inputs["input_ids"].shape[1]
+        if longest is not None and tokens > longest:
+            raise ValueError(f"image, prompt and target have {tokens} tokens, but {type(self.model).__name__} reads at most {longest}; "
+                             f"the longest prompt begins with {max(prompt, key=len)[:40]!r}")
         device, dtype = device_of(self.model.get_input_embeddings()), self.model.dtype
         return {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in inputs.items()}
 
@@ -600,11 +689,23 @@ class LiveEdit(nn.Module):
     def _rgb(image: Image.Image) -> Image.Image:
         if not isinstance(image, Image.Image):
             raise TypeError(f"an image must be a PIL image or None, not {type(image).__name__}; open files with PIL.Image.open")
-        return image.convert("RGB")
+        if not all(image.size):
+            raise ValueError(f"this image has no pixels: its size is {image.size}")
+        try:
+            return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:  # PIL reads a file's pixels only now
+            raise ValueError(f"the image {getattr(image, 'filename', '') or image!r} cannot be read: {error}") from None
+
+    @staticmethod
+    def _text(text: str, what: str) -> str:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"a {what} must be a text that is not empty, not {text!r}")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"the {what} {text[:40]!r} holds half a character (a lone surrogate)")
+        return text
 
     def _prompt_text(self, question: str, has_image: bool) -> str:
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(f"a prompt must be a text that is not empty, not {question!r}")
+        self._text(question, "prompt")
         if (token := str(self.processor.image_token)) in question:
             raise ValueError(f"the prompt {question!r} holds the image token {token}; pass the picture, encode() places the token")
         if self.config.prompt_style == "official" or not getattr(self.processor, "chat_template", None):
@@ -627,9 +728,10 @@ class LiveEdit(nn.Module):
         """Tokens of prompt and target are made apart: joining the strings would move token boundaries."""
         tokenizer, rows = self._tokenizer, []
         for target in targets:
-            if not isinstance(target, str) or not target.strip():
-                raise ValueError(f"a target must be a text that is not empty, not {target!r}")
-            rows.append(tokenizer(" " + target.strip(), add_special_tokens=False).input_ids + [tokenizer.eos_token_id])
+            tokens = tokenizer(" " + self._text(target, "target").strip(), add_special_tokens=False).input_ids
+            if not tokens:
+                raise ValueError(f"the target {target!r} has no token in the model's vocabulary")
+            rows.append(tokens + [tokenizer.eos_token_id])
         length, shape = max(map(len, rows)), inputs["input_ids"].shape
         labels = torch.tensor([row + [IGNORE] * (length - len(row)) for row in rows])
         present = labels != IGNORE
@@ -662,20 +764,29 @@ class LiveEdit(nn.Module):
     @torch.no_grad()
     def capture_inputs(self, inputs: dict) -> States:
         """Run the frozen lower layers once on inputs prepared elsewhere, with `labels` that are -100 outside of the answers."""
-        masks, labels, seen = self._masks(inputs), inputs["labels"], {}
-
-        def stop(layer, args, kwargs, output):
-            seen.update(hidden=hidden_of(output), args=args[1:], kwargs={k: v for k, v in kwargs.items() if k != "hidden_states"})
-            raise _Stop
-
-        handle = self._layers[self.config.layer].register_forward_hook(stop, with_kwargs=True)
+        masks, labels = self._masks(self._checked_inputs(inputs)), inputs["labels"]
+        if not self._handles:
+            raise RuntimeError("this editor is detached; call attach() first")
+        self._thread.captured = seen = {}
         try:
             with self.disabled(), contextlib.suppress(_Stop):
                 self.model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
         finally:
-            handle.remove()
+            self._thread.captured = None
         place = seen["hidden"].device
         return States(seen["hidden"], RowMasks(*(m.to(place) for m in masks)), labels.to(place), seen["args"], seen["kwargs"])
+
+    def _checked_inputs(self, inputs: dict) -> dict:
+        """Raises ValueError where model inputs are not what `encode` gives: ids and labels, integers (B, T), of the vocabulary."""
+        for name in ("input_ids", "labels"):
+            ids = inputs.get(name) if hasattr(inputs, "get") else None
+            if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+                found = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+                raise ValueError(f"inputs must hold {name} as a tensor of integers (B, T), as encode() makes them; got {found}")
+        ids, vocabulary = inputs["input_ids"], self.model.get_input_embeddings().num_embeddings
+        if (unknown := ids[((ids < 0) | (ids >= vocabulary)) & (ids != self.model.config.image_token_id)]).numel():
+            raise ValueError(f"input_ids hold {unknown[0].item()}, but the model's vocabulary has {vocabulary} tokens")
+        return inputs
 
     def _upper(self, hidden: Tensor, states: States) -> Tensor:
         """The layers above the edit layer, norm and head; logits (tokens, vocabulary) at the answer tokens of all rows, row by row."""
@@ -696,6 +807,8 @@ class LiveEdit(nn.Module):
         Raises RuntimeError on an editor that was never trained, ValueError for a question without image, prompt or target.
         """
         questions = self._checked(questions)
+        if not is_whole(batch_size) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
         chunks = [questions[i:i + batch_size] for i in range(0, len(questions), batch_size)]
         return self._add(questions, [self._make_experts(self.capture(chunk)) for chunk in chunks])
 
@@ -714,29 +827,35 @@ class LiveEdit(nn.Module):
         if not self.trained_steps:
             raise RuntimeError("this editor was never trained: its experts would be noise. Train it (training_losses, run.py) or "
                                "load a trained one with LiveEdit.from_pretrained")
+        if not isinstance(questions, (list, tuple)) or not all(isinstance(q, (list, tuple)) and len(q) == 3 for q in questions):
+            raise TypeError("edits are given as a list of (image, prompt, target)")
         questions = [Question(*q) for q in questions]
         for q in questions:
             if q.image is None:
                 raise ValueError(f"the edit {q.prompt!r} has no image: the visual filter could never keep it")
             self._rgb(q.image)  # raises if it is no picture
+            self._text(q.prompt, "prompt")
+            self._text(q.target, "target")
         return questions
 
     def _add(self, questions: list[Question], made: list[tuple[dict[str, Tensor], Query]]) -> list[Edit]:
         """Nothing is added before all experts are made; then each edit replaces the older ones of the same fact."""
-        edits = [Edit(self.experts.next_id + i, q.prompt, q.target, image_digest(q.image), time.time()) for i, q in enumerate(questions)]
-        if edits:
-            self.experts.add({name: torch.cat([part[name] for part, _ in made]) for name in ExpertRepository.TENSORS}, edits)
+        if not questions:
+            return []
+        digests, now = [image_digest(q.image) for q in questions], time.time()
+        with self._lock:
+            edits = [Edit(self.experts.next_id + i, q.prompt, q.target, digests[i], now) for i, q in enumerate(questions)]
+            self.experts.add({name: torch.cat([tensors[name] for tensors, _ in made]) for name in ExpertRepository.TENSORS}, edits)
             self.experts.replace_same_facts(edits)
             remaining = iter(edits)
-            for _, query in made if self.config.same_fact == "router" else ():
-                self._replace_by_router([next(remaining) for _ in query.visual], query)
+            for tensors, query in made if self.config.same_fact == "router" else ():
+                self._replace_by_router([next(remaining) for _ in query.visual], query, tensors["visual_keys"])
         return edits
 
     @torch.no_grad()
-    def _replace_by_router(self, edits: list[Edit], query: Query) -> None:
-        """Each edit replaces the older ones that the router takes for the same fact, seen from the new edit's side."""
-        same = self.router.same_fact(query, self.experts.visual_keys, self.experts.text_keys)
-        for row, slot in same.nonzero().tolist():
+    def _replace_by_router(self, edits: list[Edit], query: Query, visual_keys: Tensor) -> None:
+        """Each edit replaces the older ones that the router takes for the same fact."""
+        for row, slot in self.router.same_fact(query, visual_keys, self.experts).tolist():
             if self.experts.edits[slot].id < edits[row].id:
                 self.experts.replace(edits[row], [self.experts.edits[slot].id])
 
@@ -746,49 +865,45 @@ class LiveEdit(nn.Module):
         hidden = states.hidden.float()
         U, V = self.generator(hidden, states.masks.image | states.masks.prompt | states.masks.answer)
         prompt, image = Rows.gather(hidden, states.masks.prompt), Rows.gather(hidden, states.masks.image)
-        tensors = {"U": U, "V": V, "visual_keys": self.router.visual_key(prompt, image), "text_keys": self.router.text_key(prompt)}
-        return tensors, self.router.query(prompt, image)
+        query = self.router.query(prompt, image)
+        return {"U": U, "V": V, "visual_keys": self.router.visual_key(prompt, image), "text_keys": self.router.text_key(prompt),
+                "visual_queries": query.visual, "thresholds": self.router.thresholds(query)}, query
 
     def edits(self) -> list[Edit]:
         """The edits in force, oldest first."""
-        return sorted((e for e, active in zip(self.experts.edits, self.experts.active.tolist()) if active), key=lambda e: e.id)
+        with self._lock:
+            return sorted((e for e, active in zip(self.experts.edits, self.experts.active.tolist()) if active), key=lambda e: e.id)
 
     def forget(self, edit_id: int) -> Edit:
         """As if this edit had never been made: what it had replaced is in force again. Raises KeyError for an unknown id."""
-        edit = self.experts.remove(edit_id)
-        self._forget_routes()
-        return edit
-
-    def _forget_routes(self) -> None:
-        """Kept routes hold slots of the repository: after a removal they would name other experts."""
-        self._routes.clear()
-        self._uncached = None
+        with self._lock:
+            return self.experts.remove(edit_id)
 
     def reset(self) -> None:
         """Forget all edits: the original model, bit for bit. Ids are not used again."""
-        for edit in list(self.experts.edits)[::-1]:
-            self.experts.remove(edit.id)
-        self._forget_routes()
+        with self._lock:
+            self.experts.clear()
 
     @torch.no_grad()
     def explain(self, inputs: dict) -> list[list[dict]]:
         """For each row of `inputs` the edits that the filter kept, heaviest first: id, prompt, target, similarity, threshold, weight."""
-        labels = inputs.get("labels", torch.full_like(inputs["input_ids"], IGNORE))
-        inputs = inputs | {"labels": labels}
-        report: list[list[dict]] = [[] for _ in labels]
-        if not len(self.experts):
+        if hasattr(inputs, "get") and isinstance(ids := inputs.get("input_ids"), Tensor):
+            inputs = {"labels": torch.full_like(ids, IGNORE), **inputs}
+        masks = self._masks(self._checked_inputs(inputs))
+        report: list[list[dict]] = [[] for _ in masks.image]
+        if not len(self.experts) or not masks.image.any():
             return report
         states = self.capture_inputs(inputs)
         rows = states.masks.image.any(1).nonzero().flatten()
-        if not len(rows):
-            return report
-        routing = self._routing(states.hidden[rows], RowMasks(*(m[rows] for m in states.masks)))
-        for row, weights, similarity, threshold in zip(rows.tolist(), routing.weights, routing.similarity, routing.threshold):
-            for n in weights.nonzero().flatten().tolist():
-                edit = self.experts.edits[routing.experts[n]]
-                report[row].append({"id": edit.id, "prompt": edit.prompt, "target": edit.target, "threshold": threshold.item(),
-                                    "similarity": similarity[routing.experts[n]].item(), "weight": weights[n].item()})
-            report[row].sort(key=lambda kept: -kept["weight"])
+        with self._lock:
+            routing = self._routing(states.hidden[rows], RowMasks(*(m[rows] for m in states.masks)))
+            kept = [self.experts.edits[slot] for slot in routing.experts.tolist()]
+        similarity = routing.similarity[:, routing.experts]
+        for i, row in enumerate(rows.tolist()):
+            report[row] = [{"id": kept[n].id, "prompt": kept[n].prompt, "target": kept[n].target, "similarity": similarity[i, n].item(),
+                            "threshold": routing.threshold[i].item(), "weight": routing.weights[i, n].item()}
+                           for n in routing.weights[i].nonzero().flatten().tolist()]
+            report[row].sort(key=lambda found: -found["weight"])
         return report
 
     # -------------------------------------------------------------------------------------------- training
@@ -860,56 +975,63 @@ class LiveEdit(nn.Module):
         """Write editor and edits: `liveedit_config.json`, the networks in one file, the experts in others.
 
         Safe against a crash at any moment: the config file names the others and is replaced last. Into a folder that holds the same editor only
-        new edits are written, as one file more, until there are MOST_PARTS of them; then the experts are written anew.
+        new edits are written, as one file more, which takes in the last files as long as these hold no more edits: each edit is written
+        again a few times at most, and the number of files grows with the logarithm of that of the edits.
         """
-        folder = Path(folder)
+        with self._lock:
+            self._save(Path(folder))
+
+    def _save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         networks = self._networks()
         digest = _digest(networks)
-        older, parts, saved = self._saved_parts(folder, digest)
-        new = [edit for edit in self.experts.edits if saved.get(edit.id) != _lasting(edit)]
-        foreign = any(edit.id in saved for edit in new)  # the same id for another edit
-        if foreign or len(parts) >= MOST_PARTS or sum(i not in self.experts for i in saved) > len(self.experts):
-            parts, saved, new = [], {}, self.experts.edits
-        if new:
-            parts.append(f"experts-{time.time_ns()}.safetensors")
-            self._write_experts(folder / parts[-1], new, digest)
+        older, parts = self._saved_parts(folder, digest)
+        saved, most = {i for ids in parts.values() for i in ids}, max(1, PART_BYTES // self.experts.bytes_per_edit())
+        new = [edit for edit in self.experts.edits if edit.id not in saved]
+        while new and parts and len(last := parts[next(reversed(parts))]) <= len(new) <= most - len(last):
+            parts.popitem()
+            new = [self.experts.edits[self.experts.slot(i)] for i in last if i in self.experts] + new
         network_file = f"networks-{digest}.safetensors"
         if not (folder / network_file).is_file():
             _write_tensors(folder / network_file, networks, {})
+        for start in range(0, len(new), most):
+            name = f"experts-{time.time_ns()}.safetensors"
+            self._write_experts(folder / name, new[start:start + most], digest)
+            parts[name] = [edit.id for edit in new[start:start + most]]
         content = {"config": asdict(self.config), "backbone": self.fingerprint(), "trained_steps": self.trained_steps, "editor": digest,
-                   "networks": network_file, "experts": parts, "forgotten": [i for i in saved if i not in self.experts],
-                   "next_id": self.experts.next_id}
-        draft = folder / (CONFIG_FILE + ".new")
-        with open(draft, "w") as file:
-            json.dump(content, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, folder / CONFIG_FILE)
-        for name in older.difference((network_file, *parts)):  # only what the older save named: other files are not ours
+                   "networks": network_file, "experts": list(parts), "next_id": self.experts.next_id,
+                   "forgotten": [i for ids in parts.values() for i in ids if i not in self.experts]}
+        with _replacing(folder / CONFIG_FILE) as draft:
+            draft.write_text(json.dumps(content, indent=2))
+        drafts = [file.name for file in folder.glob("*.safetensors.new")]  # of a save that was broken off
+        for name in older.union(drafts).difference((network_file, *parts)):  # other files are not ours
             (folder / name).unlink(missing_ok=True)
 
     def _networks(self) -> dict[str, Tensor]:
         """Generator, router and LayerNorm: what makes an editor, apart from its edits."""
         return {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
 
-    def _saved_parts(self, folder: Path, digest: str) -> tuple[set[str], list[str], dict[int, dict]]:
-        """All files that the save in a folder names; those of experts, if it is of this very editor; and the records of the edits in them."""
+    def _saved_parts(self, folder: Path, digest: str) -> tuple[set[str], dict[str, list[int]]]:
+        """All files that the save in a folder names, and the ids in those of experts that can stay: of this very editor, and most of them still here."""
         files: set[str] = set()
         try:
             content = json.loads((folder / CONFIG_FILE).read_text())
-            files = {content["networks"], *content["experts"]}
-            if content["editor"] != digest:
-                return files, [], {}
-            records = [record for part in content["experts"] for record in _read_records(folder / part)[0]]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-            return files, [], {}  # nothing there, or nothing that can be continued: it is written anew
-        return files, content["experts"], {record["id"]: record for record in records}
+            files = _own_files(content)
+            parts = {name: _read_records(folder / name)[0] for name in content["experts"]} if content["editor"] == digest else {}
+            here = {edit.id: _lasting(edit) for edit in self.experts.edits}
+            stays = lambda records: (all(here.get(record["id"], record) == record for record in records)
+                                     and 2 * sum(record["id"] in here for record in records) >= len(records))
+            return files, {name: [record["id"] for record in records] for name, records in parts.items() if stays(records)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+            return files, {}  # nothing there, or nothing that can be continued: it is written anew
 
     def _write_experts(self, file: Path, edits: list[Edit], digest: str) -> None:
         slots = [self.experts.slot(edit.id) for edit in edits]
         tensors = {name: getattr(self.experts, name)[slots].cpu().contiguous() for name in ExpertRepository.TENSORS}
-        _write_tensors(file, tensors, {"edits": json.dumps([_lasting(edit) for edit in edits]), "editor": digest})
+        records = json.dumps([_lasting(edit) for edit in edits]).encode()
+        # As a tensor: safetensors reads no more than 100 MB of metadata.
+        tensors["edits"] = torch.frombuffer(bytearray(records), dtype=torch.uint8)
+        _write_tensors(file, tensors, {"editor": digest})
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, processor, folder: str | Path) -> "LiveEdit":
@@ -920,8 +1042,11 @@ class LiveEdit(nn.Module):
         try:
             content = json.loads(path.read_text())
             config = LiveEditConfig(**content["config"])
-            content["backbone"], content["networks"], content["experts"], content["forgotten"], content["next_id"], content["trained_steps"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _own_files(content)
+            if not (isinstance(content["backbone"], dict) and isinstance(content["forgotten"], list)
+                    and all(map(is_whole, (content["next_id"], content["trained_steps"], *content["forgotten"])))):
+                raise ValueError("a value is of the wrong type")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
         editor = cls(model, processor, config)
         try:
@@ -937,37 +1062,45 @@ class LiveEdit(nn.Module):
             differing = ", ".join(f"{key} {saved.get(key)} (here {here[key]})" for key in here if saved.get(key) != here[key])
             raise ValueError(f"the editor in {folder} was trained on another backbone: {differing}")
         try:
-            self.load_state_dict(load_file(folder / content["networks"]))
+            networks = load_file(folder / content["networks"])
+            if wrong := [name for name, values in networks.items() if not values.isfinite().all()]:
+                raise ValueError(f"{wrong[0]} has numbers that are not finite")
+            self.load_state_dict(networks)
+            if _digest(networks) != content["editor"]:
+                raise ValueError(f"{content['networks']} has other numbers than it was saved with")
             for part in content["experts"]:
-                self._load_experts(folder / part, leave_out=set(content["forgotten"]))
+                edits, editor, tensors = _read_experts(folder / part)
+                if editor != content["editor"]:
+                    raise ValueError(f"the experts in {part} are of another editor")
+                self.experts.add(tensors, edits)
+            for edit_id in content["forgotten"]:
+                self.experts.remove(edit_id)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"the saved editor in {folder} is damaged: {error}") from error
-        self.trained_steps, self.experts.next_id = content["trained_steps"], content["next_id"]
-
-    def _load_experts(self, file: Path, leave_out: set[int]) -> None:
-        edits = [Edit(**record) for record in _read_records(file)[0]]
-        kept = [i for i, edit in enumerate(edits) if edit.id not in leave_out]
-        if kept:
-            tensors = load_file(file)
-            self.experts.add({name: tensors[name][kept] for name in ExpertRepository.TENSORS}, [edits[i] for i in kept])
+            raise ValueError(f"the saved editor in {folder} is damaged: {' '.join(str(error).split())}") from error
+        self.trained_steps, self.experts.next_id = content["trained_steps"], max(self.experts.next_id, content["next_id"])
 
     def save_experts(self, file: str | Path) -> None:
         """The experts alone, for someone who has the same editor."""
-        self._write_experts(Path(file), self.experts.edits, _digest(self._networks()))
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            self._write_experts(Path(file), self.experts.edits, _digest(self._networks()))
 
     def load_experts(self, file: str | Path) -> list[Edit]:
         """Add experts that `save_experts` wrote elsewhere, as newer edits than those here. Raises ValueError if they are of another editor."""
         try:
-            records, editor = _read_records(Path(file))
-            records, tensors = [Edit(**record) for record in records], load_file(file)
+            records, editor, tensors = _read_experts(Path(file))
         except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
             raise ValueError(f"{file} holds no experts of a LiveEdit editor: {error!r}") from None
         if editor != _digest(self._networks()):
             raise ValueError(f"the experts in {file} were made by another editor: its networks differ from this one's")
-        ids = {edit.id: self.experts.next_id + i for i, edit in enumerate(sorted(records, key=lambda edit: edit.id))}
-        edits = [replace(edit, id=ids[edit.id], replaces=[ids[i] for i in edit.replaces if i in ids]) for edit in records]
-        self.experts.add({name: tensors[name] for name in ExpertRepository.TENSORS}, edits)
-        self.experts.replace_same_facts(edits)
+        with self._lock:
+            ids = {edit.id: self.experts.next_id + i for i, edit in enumerate(sorted(records, key=lambda edit: edit.id))}
+            edits = [replace(edit, id=ids[edit.id], replaces=[ids[i] for i in edit.replaces if i in ids]) for edit in records]
+            try:
+                self.experts.add(tensors, edits)
+            except ValueError as error:
+                raise ValueError(f"the experts in {file} are damaged: {error}") from None
+            self.experts.replace_same_facts(edits)
         return edits
 
 
@@ -982,7 +1115,7 @@ def explanation_table(kept: list[dict]) -> str:
 
 def _lasting(edit: Edit) -> dict:
     """What is written of an edit: all that later edits and forgetting cannot change."""
-    return {key: value for key, value in asdict(edit).items() if key != "superseded"}
+    return {name: getattr(edit, name) for name in ("id", "prompt", "target", "image_digest", "time", "replaces")}
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -992,17 +1125,40 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    save_file(tensors, file, metadata=metadata)
-    with open(file, "rb") as opened:
+@contextlib.contextmanager
+def _replacing(file: Path):
+    """Write a file whole or not at all: gives the path of a draft, which takes the file's place at the end."""
+    draft = file.with_name(file.name + ".new")
+    yield draft
+    with open(draft, "rb") as opened:
         os.fsync(opened.fileno())  # on disk before anything names it
+    os.replace(draft, file)
+
+
+def _write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    with _replacing(file) as draft:
+        save_file(tensors, draft, metadata=metadata)
 
 
 def _read_records(file: Path) -> tuple[list[dict], str]:
     """The edits of a file of experts as they were written, and the digest of the editor that made them."""
     with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata()
-    return json.loads(metadata["edits"]), metadata["editor"]
+        return json.loads(opened.get_tensor("edits").numpy().tobytes()), opened.metadata()["editor"]
+
+
+def _read_experts(file: Path) -> tuple[list[Edit], str, dict[str, Tensor]]:
+    """The same with the experts' tensors. Raises ValueError, TypeError, OSError or SafetensorError for other files."""
+    records, editor = _read_records(file)
+    return [Edit(**record) for record in records], editor, load_file(file)
+
+
+def _own_files(content: dict) -> set[str]:
+    """The files that a saved editor's config names. Raises ValueError for names that `save_pretrained` does not give: nothing else is read or deleted."""
+    files = {content["networks"], *content["experts"]}
+    for name in files:
+        if not re.fullmatch(r"(networks|experts)-[0-9a-f]+\.safetensors", name):
+            raise ValueError(f"{name!r} is no file of a saved editor")
+    return files
 
 
 def soft_weights_of_subset(scores: Tensor, owner: Tensor, role: Tensor) -> Tensor:

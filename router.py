@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from generator import CrossAttention
 
-SAME_FACT_MARGIN = 0.5  # of `Router.same_fact`, in units of the routing losses' logits; chosen on scenes of the editor's training
+# Of `Router.same_fact`, in units of the routing losses' logits; chosen on scenes of the editor's training.
+SAME_FACT_MARGIN = 0.75  # by which the visual filter must keep the experts, on the mean of both directions
+SAME_FACT_SLACK = 1.5  # by which one direction, or the match of the questions, may miss
 
 
 class Rows(NamedTuple):
@@ -128,10 +130,14 @@ class Router(nn.Module):
             return text_similarity(query, keys)
         return query.flatten(1) @ keys.flatten(1).T / keys.shape[1]
 
+    def paired_similarity(self, query: Tensor, keys: Tensor) -> Tensor:
+        """The visual similarity of each query with one key: twice (B, K, M) -> (B,)."""
+        products = (query * keys).sum(-1).mean(-1)
+        return products if self.cosine else products * query.shape[-1] ** -0.5
+
     def sentinel_similarity(self, query: Query) -> Tensor:
         """Similarity of each query with its own sentinel (B,)."""
-        products = (query.visual * query.sentinel).sum(-1).mean(-1)
-        return products if self.cosine else products * query.visual.shape[-1] ** -0.5
+        return self.paired_similarity(query.visual, query.sentinel)
 
     def thresholds(self, query: Query) -> Tensor:
         """Above which similarity each query keeps an expert (B,): its own sentinel's, or the fixed number."""
@@ -154,17 +160,26 @@ class Router(nn.Module):
         if active is not None:
             kept &= active
         experts = kept.any(0).nonzero().flatten()
-        scores = text_similarity(query.text, text_keys[experts])
+        scores = text_similarity(query.text, text_keys[experts].to(query.text.dtype))
         return Routing(similarity, threshold, experts, soft_weights(scores, kept[:, experts]))
 
-    def same_fact(self, query: Query, visual_keys: Tensor, text_keys: Tensor) -> Tensor:
-        """(B, N): does an edit with these input-side features speak of the fact of a stored expert? The visual filter must keep the expert
-        by SAME_FACT_MARGIN, and the questions must match so well that the sigmoid of Eq. (7) is above a half."""
-        similarity = self.visual_similarity(query.visual, visual_keys)
-        same = self.visual_logits(similarity - self.thresholds(query)[:, None]) > SAME_FACT_MARGIN
-        experts = same.any(0).nonzero().flatten()
-        same[:, experts] &= text_similarity(query.text, text_keys[experts]) > 0
-        return same
+    def same_fact(self, query: Query, visual_keys: Tensor, stored) -> Tensor:
+        """Which new edits speak of the fact of which stored edit? Pairs (n, 2): row of the new edit, index of the stored one.
+
+        query and visual_keys (B, K, M): both sides of the new edits. stored: visual_keys, text_keys, visual_queries (N, K, M) and thresholds (N,).
+        Each edit's picture and question must pass the visual filter of the other's expert, by SAME_FACT_MARGIN on the mean of both directions,
+        and the new question must match the stored expert's. Beyond one product with all visual keys the work depends on near experts only.
+        """
+        similarity = self.visual_similarity(query.visual, stored.visual_keys)
+        there = self.visual_logits(similarity - self.thresholds(query)[:, None])
+        pairs = []
+        for row, logits in enumerate(there):  # row by row: memory stays small even if all experts are near
+            near = (logits > -SAME_FACT_SLACK).nonzero().flatten()
+            back = self.paired_similarity(stored.visual_queries[near].to(visual_keys.dtype), visual_keys[row]) - stored.thresholds[near]
+            text = text_similarity(query.text[row:row + 1], stored.text_keys[near].to(query.text.dtype))[0]
+            same = ((logits[near] + self.visual_logits(back)) / 2 > SAME_FACT_MARGIN) & (text > -SAME_FACT_SLACK)
+            pairs.append(torch.stack([torch.full_like(near, row), near], dim=1)[same])
+        return torch.cat(pairs)
 
 
 def text_similarity(query: Tensor, keys: Tensor) -> Tensor:

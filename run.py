@@ -93,6 +93,7 @@ class Options:
     layer: int | None = None  # edit layer, counted from 0; default two thirds of the depth
     similarity: str = "cosine"  # of the visual filter: cosine or dot
     threshold: float | None = None  # a fixed threshold of the visual filter instead of the learned sentinel's
+    same_fact: str = LiveEditConfig.same_fact  # older edits that a new one replaces: exact (same picture and question), or router (also what the router takes for the same fact)
 
 
 def parse_options(arguments: list[str] | None = None) -> Options:
@@ -186,7 +187,7 @@ def config_for(model, options: Options) -> LiveEditConfig:
     width = model.config.get_text_config().hidden_size
     tokens = getattr(model.config, "image_seq_length", None) or LiveEditConfig.sentinel_tokens
     return LiveEditConfig(layer=options.layer, module_dim=min(LiveEditConfig.module_dim, width), sentinel_tokens=tokens,
-                          similarity=options.similarity, threshold=options.threshold, prompt_style=options.prompt_style,
+                          similarity=options.similarity, threshold=options.threshold, same_fact=options.same_fact, prompt_style=options.prompt_style,
                           # The pre-activations of an expert grow with the root of the width: so do small models get the paper's size.
                           gain=LiveEditConfig.gain * max(1.0, (4096 / width) ** 0.5))
 
