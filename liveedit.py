@@ -41,6 +41,7 @@ from generator import ExpertGenerator, apply_experts
 from router import Query, Router, Routing, Rows, hard_filter_loss, soft_router_loss, soft_weights, text_similarity
 
 CONFIG_FILE = "liveedit_config.json"
+CHANGEABLE = ("threshold", "same_fact", "expert_dtype")  # settings of a trained editor that its training does not depend on
 PART_BYTES = 2**30  # of one file of experts in a saved editor, about: more experts are written in several
 IGNORE = -100  # Hugging Face's label of tokens that are no answer
 
@@ -59,13 +60,15 @@ class LiveEditConfig:
     threshold: float | None = None  # fixed threshold of the filter; None: the learned sentinel's similarity
     gain: float = 0.2  # experts are scaled by gain / sqrt(rank)
     same_fact: str = "router"  # older edits that a new one replaces: "exact", of the same picture and question, or "router", those too that it takes for the same fact
+    expert_dtype: str = "float16"  # precision of the stored experts, but for the keys that the filter compares: "float16" or "float32"
     prompt_style: str = "chat"  # of encode(): "chat" (the processor's template, or "The answer is:"), or "official" (the prompt as it is)
 
     def __post_init__(self):
         for name in ("module_dim", "rank", "slots", "heads", "sentinel_tokens"):
             if not is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(f"LiveEditConfig.{name} must be a positive integer, not {getattr(self, name)!r}")
-        for name, choices in (("similarity", ("cosine", "dot")), ("same_fact", ("router", "exact")), ("prompt_style", ("chat", "official"))):
+        for name, choices in (("similarity", ("cosine", "dot")), ("same_fact", ("router", "exact")), ("expert_dtype", ("float16", "float32")),
+                              ("prompt_style", ("chat", "official"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f'LiveEditConfig.{name} must be "{choices[0]}" or "{choices[1]}", not {getattr(self, name)!r}')
         if self.layer is not None and not is_whole(self.layer):
@@ -252,16 +255,16 @@ class ExpertRepository(nn.Module):
     An expert is in force unless an edit that replaces it is there. So forgetting an edit gives what never having made it gives.
     """
 
-    # Only the few experts that a query keeps are read in half precision. All visual keys are compared with each query, and are read as they are.
-    TENSORS = {"U": torch.float16, "V": torch.float16, "visual_keys": torch.float32, "text_keys": torch.float16,
-               "visual_queries": torch.float16, "thresholds": torch.float32}  # the last two: how the filter sees the edit's own question
+    TENSORS = ("U", "V", "visual_keys", "text_keys", "visual_queries", "thresholds")  # the last two: how the filter sees the edit's own question
 
-    def __init__(self, rank: int, hidden_size: int, slots: int, module_dim: int):
+    def __init__(self, rank: int, hidden_size: int, slots: int, module_dim: int, dtype: torch.dtype = torch.float16):
         super().__init__()
         expert, feature = (rank, hidden_size), (slots, module_dim)
         self.shapes = {"U": expert, "V": expert, "visual_keys": feature, "text_keys": feature, "visual_queries": feature, "thresholds": ()}
-        for name, dtype in self.TENSORS.items():
-            self.register_buffer(f"_{name}", torch.empty(0, *self.shapes[name], dtype=dtype), persistent=False)
+        # Only few experts are read for a query, but all visual keys: these are kept as the product needs them, in single precision.
+        self.dtypes = {name: torch.float32 if name in ("visual_keys", "thresholds") else dtype for name in self.TENSORS}
+        for name in self.TENSORS:
+            self.register_buffer(f"_{name}", torch.empty(0, *self.shapes[name], dtype=self.dtypes[name]), persistent=False)
         self.register_buffer("_active", torch.empty(0, dtype=torch.bool), persistent=False)
         self.next_id = 1
         self._empty()
@@ -311,7 +314,7 @@ class ExpertRepository(nn.Module):
         if len(set(ids)) < len(ids) or any(i in self for i in ids):
             raise ValueError("each edit must have an id of its own; two have the same")
         kept = {}
-        for name, dtype in self.TENSORS.items():
+        for name, dtype in self.dtypes.items():
             if tensors.get(name) is None or tensors[name].shape != (len(edits), *self.shapes[name]):
                 found = "missing" if tensors.get(name) is None else f"of shape {tuple(tensors[name].shape)}"
                 raise ValueError(f"{name} of {len(edits)} experts must have shape {(len(edits), *self.shapes[name])}, not be {found}")
@@ -319,7 +322,7 @@ class ExpertRepository(nn.Module):
             finite = kept[name].flatten(1).isfinite().all(1) if kept[name].dim() > 1 else kept[name].isfinite()
             if not finite.all():
                 raise ValueError(f"the expert of edit {edits[int((~finite).nonzero()[0])].prompt!r} has {name} that are not finite numbers: weights "
-                                 "of the editor or hidden states of the model are not finite, or out of the range of half precision")
+                                 "of the editor or hidden states of the model are not finite, or out of the range of {str(dtype).removeprefix('torch.')}")
         return kept
 
     def replace(self, edit: Edit, older: list[int]) -> None:
@@ -370,7 +373,7 @@ class ExpertRepository(nn.Module):
             setattr(self, f"_{name}", new)
 
     def bytes_per_edit(self) -> int:
-        return sum(math.prod(self.shapes[name]) * dtype.itemsize for name, dtype in self.TENSORS.items())
+        return sum(math.prod(self.shapes[name]) * dtype.itemsize for name, dtype in self.dtypes.items())
 
 
 # ------------------------------------------------------------------------------------------------ the editor
@@ -443,7 +446,7 @@ class LiveEdit(nn.Module):
         self.generator = ExpertGenerator(width, c.module_dim, c.rank, c.heads, c.gain)
         self.router = Router(width, c.module_dim, c.slots, c.heads, c.sentinel_tokens, c.similarity, c.threshold)
         self.norm = nn.LayerNorm(width)  # of the residual, shared by all experts
-        self.experts = ExpertRepository(c.rank, width, c.slots, c.module_dim)
+        self.experts = ExpertRepository(c.rank, width, c.slots, c.module_dim, getattr(torch, c.expert_dtype))
         self.trained_steps = 0
         self._special_ids = torch.tensor(self._find_special_ids())
         self._arguments = {module: list(inspect.signature(module.forward).parameters) for module in (model, self._inner) if module is not None}
@@ -1034,8 +1037,13 @@ class LiveEdit(nn.Module):
         _write_tensors(file, tensors, {"editor": digest})
 
     @classmethod
-    def from_pretrained(cls, model: nn.Module, processor, folder: str | Path) -> "LiveEdit":
-        """Load a saved editor with its edits and attach it. Raises FileNotFoundError or ValueError that says what does not fit."""
+    def from_pretrained(cls, model: nn.Module, processor, folder: str | Path, **changes) -> "LiveEdit":
+        """Load a saved editor with its edits and attach it. Raises FileNotFoundError or ValueError that says what does not fit.
+
+        changes: other values than the saved ones for the settings in CHANGEABLE.
+        """
+        if wrong := [name for name in changes if name not in CHANGEABLE]:
+            raise TypeError(f"{wrong[0]} of a trained editor cannot be changed; only {', '.join(CHANGEABLE)} can")
         path = Path(folder) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is no saved editor: it has no {CONFIG_FILE}")
@@ -1048,7 +1056,7 @@ class LiveEdit(nn.Module):
                 raise ValueError("a value is of the wrong type")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
-        editor = cls(model, processor, config)
+        editor = cls(model, processor, replace(config, **changes))
         try:
             editor._load(Path(folder), content)
         except BaseException:

@@ -36,7 +36,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from data import (BENCHMARKS, KINDS, LOCALITY, PORTABILITY, QUERY_NAMES, UPDATE_FORMS, EditSample, ImageFile, Query, benchmark_files, check_pictures,
                   consistent_batches, drawn_stream, drawn_training, drawn_updates, read_records, without_leaks)
-from liveedit import (EDIT, GENERALITY as FOLLOWS, HARD_LOCALITY, LOCALITY as UNRELATED, LiveEdit, LiveEditConfig, Question, States,
+from liveedit import (CHANGEABLE, EDIT, GENERALITY as FOLLOWS, HARD_LOCALITY, LOCALITY as UNRELATED, LiveEdit, LiveEditConfig, Question, States,
                       explanation_table, find_decoder_layers)
 from router import Rows
 
@@ -91,9 +91,10 @@ class Options:
     device: str = "auto"  # auto (cuda, mps, cpu), or a torch device
     dtype: str = "auto"  # of the model: auto (the checkpoint's), float32, bfloat16, float16
     layer: int | None = None  # edit layer, counted from 0; default two thirds of the depth
-    similarity: str = "cosine"  # of the visual filter: cosine or dot
+    similarity: str | None = None  # of the visual filter: cosine (without this option) or dot
     threshold: float | None = None  # a fixed threshold of the visual filter instead of the learned sentinel's
-    same_fact: str = LiveEditConfig.same_fact  # older edits that a new one replaces: exact (same picture and question), or router (also what the router takes for the same fact)
+    same_fact: str | None = None  # older edits that a new one replaces: router (what it takes for the same fact), or exact (same picture and question)
+    expert_dtype: str | None = None  # precision of stored experts: float16 or float32
 
 
 def parse_options(arguments: list[str] | None = None) -> Options:
@@ -123,6 +124,9 @@ def parse_options(arguments: list[str] | None = None) -> Options:
         parser.error(f"--prompt-style official is the form of a published benchmark: --data must be one of {', '.join(BENCHMARKS)}")
     if options.resume and options.editor:
         parser.error("--resume continues a training, --editor loads a trained editor: choose one")
+    for name in ("layer", "similarity", "train_steps", "train_samples", "batch_size", "learning_rate"):
+        if options.editor and getattr(options, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} belongs to the training of an editor, but --editor loads one that is trained")
     checkpoint = options.out / CHECKPOINT_FILE
     if options.resume and not checkpoint.is_file():
         parser.error(f"there is no training to resume: {checkpoint} does not exist")
@@ -186,10 +190,10 @@ def config_for(model, options: Options) -> LiveEditConfig:
     """The paper's settings at the width of a 7B model, scaled for small ones."""
     width = model.config.get_text_config().hidden_size
     tokens = getattr(model.config, "image_seq_length", None) or LiveEditConfig.sentinel_tokens
-    return LiveEditConfig(layer=options.layer, module_dim=min(LiveEditConfig.module_dim, width), sentinel_tokens=tokens,
-                          similarity=options.similarity, threshold=options.threshold, same_fact=options.same_fact, prompt_style=options.prompt_style,
+    given = {name: value for name in ("layer", "similarity", *CHANGEABLE) if (value := getattr(options, name)) is not None}
+    return LiveEditConfig(module_dim=min(LiveEditConfig.module_dim, width), sentinel_tokens=tokens, prompt_style=options.prompt_style,
                           # The pre-activations of an expert grow with the root of the width: so do small models get the paper's size.
-                          gain=LiveEditConfig.gain * max(1.0, (4096 / width) ** 0.5))
+                          gain=LiveEditConfig.gain * max(1.0, (4096 / width) ** 0.5), **given)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -640,7 +644,8 @@ def prepare(options: Options):
     options.out.mkdir(parents=True, exist_ok=True)
     model, processor = load_model(options)
     if options.editor:
-        editor = LiveEdit.from_pretrained(model, processor, options.editor)
+        changes = {name: value for name in CHANGEABLE if (value := getattr(options, name)) is not None}
+        editor = LiveEdit.from_pretrained(model, processor, options.editor, **changes)
         if editor.config.prompt_style != options.prompt_style:
             raise ValueError(f"the editor in {options.editor} was trained with --prompt-style {editor.config.prompt_style}, not {options.prompt_style}")
         return options, samples, stream, editor, None

@@ -1024,7 +1024,7 @@ HOSTILE = [
     *((f"config.{name}", name, [lambda h, v=v, name=name: LiveEditConfig(**{name: v}) for v in NO_WHOLE_NUMBERS])
       for name in ("module_dim", "rank", "slots", "heads", "sentinel_tokens")),
     *((f"config.{name}", name, [lambda h, v=v, name=name: LiveEditConfig(**{name: v}) for v in ("l2", "", None, 3, ["cosine"])])
-      for name in ("similarity", "same_fact", "prompt_style")),
+      for name in ("similarity", "same_fact", "expert_dtype", "prompt_style")),
     ("config.gain", "gain", [lambda h, v=v: LiveEditConfig(gain=v) for v in (0, -1.0, math.nan, math.inf, "1", None, True)]),
     ("config.threshold", "threshold", [lambda h, v=v: LiveEditConfig(threshold=v) for v in ("0.5", math.nan, math.inf, 2.0, -1.1, True, [])]),
     ("config.layer", "layer", [lambda h, v=v: LiveEdit(h.editor.model, None, LiveEditConfig(layer=v)) for v in (6, -1, 1.5, "3", True, math.nan)]),
@@ -1126,6 +1126,8 @@ HOSTILE = [
         lambda r: {"id": 1}, lambda r: [1, 2], lambda r: [None, None], lambda r: r[:1], lambda r: r + r, lambda r: r[0].update(id=2), lambda r: r[0].update(id="1"),
         lambda r: r[0].update(prompt=None), lambda r: r[0].update(replaces=["1"]), lambda r: r[0].update(time="now"), lambda r: r[0].pop("target"),
         lambda r: r[0].update(more=1), lambda r: r[0].update(replaces=None))]),
+    ("from_pretrained changes", "rank|threshold|same_fact", [
+        lambda h, a=a: LiveEdit.from_pretrained(h.editor.model, None, h.saved, **a) for a in ({"rank": 8}, {"threshold": "low"}, {"same_fact": "some"})]),
     ("load_experts", "experts", [arrives(change) for change in (
         lambda file: file.unlink(), lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b"junk" * 50),
         lambda file: [file.unlink(), file.mkdir()], lambda file: save_file({"x": torch.zeros(1)}, file), lambda file: save_file({"x": torch.zeros(1)}, file, {"editor": "x"}),
@@ -1494,7 +1496,8 @@ def refusal(capsys, *arguments: str) -> str:
     (["--edits", "5000"], "no room"), (["--learning-rate", "-1"], "--learning-rate"),
     (["--exclude-leaks"], "--data is missing"), (["--image-root", "x"], "--data is missing"),
     (["--train-samples", "20", "--edits", "5", "--learning-rate", "1e30", "--batch-size", "4"], "lower --learning-rate"),
-    (["--editor", "output/editor"], "would overwrite"), (["--device", "abacus", "--train-samples", "20"], "abacus"),
+    (["--editor", "output/editor"], "would overwrite"), (["--editor", "x", "--similarity", "dot"], "belongs to the training"),
+    (["--same-fact", "some"], "same_fact"), (["--device", "abacus", "--train-samples", "20"], "abacus"),
     (["--out", "README.md", "--train-samples", "20"], "README.md"), (["--layer", "9", "--train-samples", "20"], "layers 0 to 5")])
 def test_wrong_options_end_in_one_sentence(arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(HERE)
@@ -1552,10 +1555,11 @@ def test_the_main_job_runs_on_benchmark_files(tmp_path, capsys):
 
 def test_every_other_option_reaches_the_editor(tmp_path):
     result = command("--edits", "5", "--train-steps", "3", "--train-samples", "20", "--batch-size", "4", "--similarity", "dot", "--threshold", "0.5",
-                     "--layer", "5", "--eval-batch-size", "7", "--dtype", "bfloat16", "--device", "cpu", "--seed", "3", "--out", str(tmp_path))
+                     "--layer", "5", "--eval-batch-size", "7", "--same-fact", "exact", "--expert-dtype", "float32", "--dtype", "bfloat16", "--device", "cpu", "--seed", "3", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert {k: metrics["config"][k] for k in ("similarity", "threshold", "layer")} == {"similarity": "dot", "threshold": 0.5, "layer": 5}
+    given = {"similarity": "dot", "threshold": 0.5, "layer": 5, "same_fact": "exact", "expert_dtype": "float32"}
+    assert {k: metrics["config"][k] for k in given} == given
     assert metrics["seed"] == 3 and metrics["options"]["eval_batch_size"] == 7 and metrics["options"]["dtype"] == "bfloat16"
     assert metrics["training"]["samples"] == 20 and metrics["training"]["batch_size"] == 4
 
