@@ -1034,7 +1034,7 @@ class LiveEdit(nn.Module):
         records = json.dumps([_lasting(edit) for edit in edits]).encode()
         # As a tensor: safetensors reads no more than 100 MB of metadata.
         tensors["edits"] = torch.frombuffer(bytearray(records), dtype=torch.uint8)
-        _write_tensors(file, tensors, {"editor": digest})
+        _write_tensors(file, tensors, {"editor": digest, "digest": _digest(tensors)})
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, processor, folder: str | Path, **changes) -> "LiveEdit":
@@ -1094,7 +1094,10 @@ class LiveEdit(nn.Module):
             self._write_experts(Path(file), self.experts.edits, _digest(self._networks()))
 
     def load_experts(self, file: str | Path) -> list[Edit]:
-        """Add experts that `save_experts` wrote elsewhere, as newer edits than those here. Raises ValueError if they are of another editor."""
+        """Add experts that `save_experts` wrote elsewhere, as newer edits than those here; they replace edits of the same picture and question.
+
+        Raises ValueError, and adds nothing, if they are of another editor or damaged.
+        """
         try:
             records, editor, tensors = _read_experts(Path(file))
         except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
@@ -1129,7 +1132,8 @@ def _lasting(edit: Edit) -> dict:
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
-        digest.update(key.encode() + tensors[key].numpy().tobytes())
+        digest.update(key.encode())
+        digest.update(tensors[key].numpy())
     return digest.hexdigest()[:16]
 
 
@@ -1155,9 +1159,12 @@ def _read_records(file: Path) -> tuple[list[dict], str]:
 
 
 def _read_experts(file: Path) -> tuple[list[Edit], str, dict[str, Tensor]]:
-    """The same with the experts' tensors. Raises ValueError, TypeError, OSError or SafetensorError for other files."""
-    records, editor = _read_records(file)
-    return [Edit(**record) for record in records], editor, load_file(file)
+    """The same with the experts' tensors. Raises KeyError, ValueError, TypeError, OSError or SafetensorError for other or damaged files."""
+    (records, editor), tensors = _read_records(file), load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        if opened.metadata()["digest"] != _digest(tensors):
+            raise ValueError(f"{file.name} has other content than it was saved with")
+    return [Edit(**record) for record in records], editor, tensors
 
 
 def _own_files(content: dict) -> set[str]:

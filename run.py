@@ -574,6 +574,14 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def updates_table(updates: dict) -> str:
+    """The update stream as text: how often which answer is given, and whether the update put the older edit out of force."""
+    lines = [f"{str(updates['n']) + ' updates in ' + str(updates['edits']) + ' edits':<26}{'newest answer %':>17}{'old answer %':>14}{'replaced %':>12}"]
+    lines += [f"{label:<26}{row['newest']:>17.1f}{row['old']:>14.1f}{row['replaced']:>12.1f}" for label, row in
+              [*((f"  {form}", row) for form, row in updates["forms"].items()), ("all", updates)]]
+    return "\n".join([*lines, f"edits that replaced one of another fact: {updates['false_replacements']:.1f} %"])
+
+
 def picture(stream: list[EditSample], predictions: list[dict], file: Path, shown: int = 6) -> None:
     """Some edits with their image, question, answers before and after, a rephrasing, another picture and a neighbor; wrong answers in red."""
     names = ("reliability", "text_generality", "modal_generality", "same_image", "similar_image")
@@ -712,8 +720,7 @@ def main(arguments: list[str] | None = None) -> None:
     (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     print("\n" + table(rows))
     if updates:
-        print(f"{updates['n']} of {updates['edits']} edits update earlier facts, free-running: newest answer {updates['newest']:.1f} %, old answer "
-              f"{updates['old']:.1f} %; false replacements {updates['false_replacements']:.1f} % of edits")
+        print("\n" + updates_table(updates))
     print(f"{cost['seconds_per_edit'] * 1000:.1f} ms and {cost['bytes_per_edit'] / 1024:.1f} KiB per edit; peak memory {peak_memory()}; "
           f"{(time.time() - start) / 60:.1f} minutes in all; everything in {options.out}/")
 

@@ -688,6 +688,41 @@ def test_a_second_save_writes_the_new_edits_only_and_forgetting_none(base, tmp_p
     assert again.edits() == edits
 
 
+def test_a_save_into_the_folder_of_another_history_keeps_nothing_of_it(base, tmp_path):
+    """Same editor, same ids, other edits."""
+    editor = strong_editor(*base)
+    editor.edit_many(questions(4))
+    editor.save_pretrained(tmp_path)
+    editor.reset()
+    editor.experts.next_id = 1
+    editor.edit_many([*questions(2, start=10), *questions(2)])
+    edits = editor.edits()
+    editor.save_pretrained(tmp_path)
+    editor.detach()
+    loaded = LiveEdit.from_pretrained(*base, tmp_path)
+    assert loaded.edits() == edits and loaded.experts.next_id == 5
+
+
+def test_big_stores_are_written_in_parts(base, tmp_path, monkeypatch):
+    editor = strong_editor(*base)
+    monkeypatch.setattr(liveedit, "PART_BYTES", 3 * editor.experts.bytes_per_edit())
+    parts = lambda: sorted(len(safe_open(file, "pt").get_slice("thresholds")[:]) for file in tmp_path.glob("experts-*"))
+    editor.edit_many(questions(8))
+    editor.save_pretrained(tmp_path)
+    assert parts() == [2, 3, 3]
+    for i in (20, 21):
+        editor.edit_many(questions(1, start=i))
+        editor.save_pretrained(tmp_path)
+    assert parts() == [2, 2, 3, 3] and sum(parts()) == len(editor.experts)
+    for edit in editor.edits()[:2]:
+        editor.forget(edit.id)
+    editor.save_pretrained(tmp_path)  # two of three are gone: what is left of them is written again
+    edits = editor.edits()
+    assert sum(parts()) == len(edits) == 8
+    editor.detach()
+    assert LiveEdit.from_pretrained(*base, tmp_path).edits() == edits
+
+
 def test_experts_alone_travel_to_the_same_editor_and_to_no_other(base, tmp_path):
     model, processor = base
     editor = strong_editor(model, processor)
@@ -975,7 +1010,8 @@ def rewrite(file: Path, change) -> None:
         metadata = opened.metadata()
     tensors = load_file(file)
     change(tensors)
-    save_file({name: values.contiguous() for name, values in tensors.items()}, file, metadata)
+    tensors = {name: values.contiguous() for name, values in tensors.items()}
+    save_file(tensors, file, {**(metadata or {}), "digest": liveedit._digest(tensors)})  # it fits the wrong content
 
 
 def tensors_of(pattern: str, change):
@@ -1114,7 +1150,7 @@ HOSTILE = [
     *((f"from_pretrained backbone {key}", key, [config(lambda c, key=key: c["backbone"].update({key: 7}))])
       for key in ("model_type", "hidden_size", "layers", "vocabulary", "image_token_id", "image_size")),
     ("from_pretrained files", "damaged", [file_of(pattern, change) for pattern in ("networks-*", "experts-*") for change in (
-        lambda b: b"", lambda b: b[:100], lambda b: b[:-100], lambda b: b"\xff" * 1000, lambda b: b + b"more", lambda b: b[:8] + b"!" + b[9:])]),
+        lambda b: b"", lambda b: b[:100], lambda b: b[:-100], lambda b: b"\xff" * 1000, lambda b: b + b"more", lambda b: b[:8] + b"!" + b[9:], lambda b: b[:-1] + bytes([b[-1] ^ 1]))]),
     ("from_pretrained networks", "damaged", [tensors_of("networks-*", change) for change in (
         lambda t: set_first(t["norm.weight"], math.nan), lambda t: set_first(t["generator.queries_U"], math.inf), lambda t: t.pop("norm.bias"),
         lambda t: t.update(more=torch.zeros(2)), lambda t: t.update({"norm.weight": torch.zeros(3)}))]),
