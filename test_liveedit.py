@@ -449,6 +449,17 @@ def test_kept_routes_end_with_forget_and_with_a_cache_filled_anew(editor):
         editor.model(input_ids=token, past_key_values=cache)
 
 
+def test_a_longer_prompt_after_forgetting_is_routed_anew(editor):
+    edits = editor.edit_many(questions(2))
+    inputs = editor.encode(picture(), QUESTIONS[0])
+    longer = inputs | {"input_ids": F.pad(inputs["input_ids"], (0, 1), value=5), "attention_mask": F.pad(inputs["attention_mask"], (0, 1), value=1)}
+    editor.model(**inputs, use_cache=False)
+    editor.forget(edits[0].id)
+    after = logits_of(editor, longer)
+    editor.model(**editor.encode(None, "Something else?"), use_cache=False)
+    assert_same(after, logits_of(editor, longer))
+
+
 def test_another_picture_behind_the_same_prompt_is_routed_anew(editor):
     editor.edit_many(questions(2))
     first, second = editor.encode(picture(0), QUESTIONS[0]), editor.encode(picture(1), QUESTIONS[0])
@@ -478,7 +489,7 @@ def test_same_fact_is_the_loop_over_pairs(similarity):
         rows = lambda n, length: Rows(torch.randn(n, length, 32), torch.ones(n, length, dtype=torch.bool))
         prompt, image = rows(9, 4), rows(9, 6)
         query, keys, text = router.query(prompt, image), router.visual_key(prompt, image), router.text_key(prompt)
-        query, keys = query._replace(text=4 * query.text), keys if router.cosine else 8 * keys
+        query, keys = query._replace(text=40 * query.text), keys if router.cosine else 8 * keys
         stored = SimpleNamespace(visual_keys=keys, text_keys=text.half(), visual_queries=query.visual.half(), thresholds=router.thresholds(query) - 0.2)
         found = {tuple(pair) for pair in router.same_fact(query, keys, stored).tolist()}
         expected, logits = set(), lambda similarity, threshold: router.visual_logits(similarity - threshold).item()
@@ -590,6 +601,7 @@ def test_order_of_edits_does_not_matter_and_forget_undoes(editor):
     editor.reset()
     assert_same(logits_of(editor, inputs), original)
     backward = editor.edit_many(asked[::-1])
+    assert [e.id for e in backward] == list(range(21, 41)), "ids are used again"
     assert_close(logits_of(editor, inputs), forward, 2e-3)
     extra = editor.edit_many(questions(3, start=40))
     assert not torch.allclose(logits_of(editor, inputs), forward, atol=2e-3), "three edits more changed nothing"
@@ -735,6 +747,7 @@ def test_experts_alone_travel_to_the_same_editor_and_to_no_other(base, tmp_path)
     mine = editor.edit(picture(0), QUESTIONS[0], "mine")
     arrived = editor.load_experts(tmp_path / "experts.safetensors")
     assert [e.target for e in editor.edits()] == ["answer 0", "answer 1", "answer 2"] and arrived[0].superseded == mine.id
+    assert [e.id for e in arrived] == [mine.id + 1, mine.id + 2, mine.id + 3]
     assert_close(logits_of(editor, inputs), expected, 2e-3)
     editor.norm.weight.data += 1
     with pytest.raises(ValueError, match="another editor"):
@@ -807,6 +820,40 @@ def test_a_save_that_ends_at_any_line_leaves_the_older_or_the_newer_one(base, tm
         editor.attach()
         assert loaded.edits() == newer
     assert line > 30 and seen == {len(older), len(newer)} and loaded.edits() == newer
+
+
+def test_a_file_that_was_written_by_half_is_no_obstacle(base, tmp_path, monkeypatch):
+    editor = strong_editor(*base)
+    editor.edit_many(questions(2))
+    write = liveedit.save_file
+
+    def by_half(tensors, file, metadata):
+        write(tensors, file, metadata)
+        if file.name.startswith(kind):
+            file.write_bytes(file.read_bytes()[:-100])
+            raise Killed
+
+    for kind in ("networks", "experts"):
+        monkeypatch.setattr(liveedit, "save_file", by_half)
+        with pytest.raises(Killed):
+            editor.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    editor.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.new"))
+    editor.detach()
+    assert LiveEdit.from_pretrained(*base, tmp_path).edits() == editor.edits()
+
+
+def test_saving_deletes_nothing_that_a_foreign_config_names(base, tmp_path):
+    editor = strong_editor(*base)
+    editor.save_pretrained(tmp_path / "editor")
+    for name in ("../mine.safetensors", "mine.safetensors"):
+        (tmp_path / "editor" / name).write_text("mine")
+        content = json.loads((tmp_path / "editor" / CONFIG_FILE).read_text()) | {"experts": [name]}
+        (tmp_path / "editor" / CONFIG_FILE).write_text(json.dumps(content))
+        editor.norm.weight.data += 1
+        editor.save_pretrained(tmp_path / "editor")
+        assert (tmp_path / "editor" / name).read_text() == "mine"
 
 
 def test_a_killed_process_leaves_a_whole_save(base, tmp_path):
@@ -1150,7 +1197,7 @@ HOSTILE = [
     *((f"from_pretrained backbone {key}", key, [config(lambda c, key=key: c["backbone"].update({key: 7}))])
       for key in ("model_type", "hidden_size", "layers", "vocabulary", "image_token_id", "image_size")),
     ("from_pretrained files", "damaged", [file_of(pattern, change) for pattern in ("networks-*", "experts-*") for change in (
-        lambda b: b"", lambda b: b[:100], lambda b: b[:-100], lambda b: b"\xff" * 1000, lambda b: b + b"more", lambda b: b[:8] + b"!" + b[9:], lambda b: b[:-1] + bytes([b[-1] ^ 1]))]),
+        lambda b: b"", lambda b: b[:100], lambda b: b[:-100], lambda b: b"\xff" * 1000, lambda b: b + b"more", lambda b: b[:8] + b"!" + b[9:], lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:])]),
     ("from_pretrained networks", "damaged", [tensors_of("networks-*", change) for change in (
         lambda t: set_first(t["norm.weight"], math.nan), lambda t: set_first(t["generator.queries_U"], math.inf), lambda t: t.pop("norm.bias"),
         lambda t: t.update(more=torch.zeros(2)), lambda t: t.update({"norm.weight": torch.zeros(3)}))]),
@@ -1395,6 +1442,23 @@ def test_updates_edit_earlier_facts_again_with_new_answers():
         old, truth = stream[u.sample].edit, stream[u.sample].edit.fact
         assert u.edit.fact == truth and u.edit.target not in (old.target, truth[0].answer(truth[1]))
         assert (u.form == "exact") == (u.edit.image == old.image and u.edit.prompt == old.prompt)
+
+
+def test_the_update_stream_counts_what_it_says(monkeypatch):
+    """Ten edits, two of them updates: one answered by the newest and with the right replacement, one by the old answer and replacing another fact,
+    as does one of the first."""
+    stream = data.drawn_stream(10, 0)
+    updates = data.drawn_updates(stream[:8], 2, 0)
+    edit = lambda i, replaces: Edit(i, "", "", "", 0.0, replaces)
+    batches = iter([[*(edit(i, []) for i in range(7)), edit(7, [0])], [edit(8, [updates[0].sample]), edit(9, [(updates[1].sample + 1) % 8])]])
+    editor = SimpleNamespace(reset=lambda: None, edit_many=lambda questions, at_once: next(batches),
+                             processor=SimpleNamespace(tokenizer=lambda text: SimpleNamespace(input_ids=text.split())))
+    said = [updates[0].edit.target] * 2 + [stream[updates[1].sample].edit.target] * 2
+    monkeypatch.setattr(run, "answer", lambda editor, queries, longest, at_once: [run.Answer([], [], text) for text in said])
+    found = run.evaluate_updates(editor, stream, run.Options(eval_batch_size=4))
+    assert {key: found[key] for key in ("n", "edits", "newest", "old", "replaced", "false_replacements")} == {
+        "n": 2, "edits": 10, "newest": 50, "old": 50, "replaced": 50, "false_replacements": 20}
+    assert found["forms"]["exact"] == {"newest": 100, "old": 0, "replaced": 100} and found["forms"]["rephrased"]["old"] == 100
 
 
 def test_same_seed_same_benchmark_in_any_process():
