@@ -267,9 +267,12 @@ class ExpertRepository(nn.Module):
             self.register_buffer(f"_{name}", torch.empty(0, *self.shapes[name], dtype=self.dtypes[name]), persistent=False)
         self.register_buffer("_active", torch.empty(0, dtype=torch.bool), persistent=False)
         self.next_id = 1
-        self._empty()
+        self.clear()
 
-    def _empty(self) -> None:
+    def clear(self) -> None:
+        """Remove all experts and free their memory; ids are not used again."""
+        for name in (*self.TENSORS, "active"):
+            setattr(self, f"_{name}", getattr(self, f"_{name}").new_empty(0, *self.shapes.get(name, ())))
         self.edits: list[Edit] = []  # in the order of the slots
         self._slots: dict[int, int] = {}
         self._facts: dict[tuple[str, str], list[int]] = {}  # ids of the edits of the same picture and question
@@ -299,14 +302,16 @@ class ExpertRepository(nn.Module):
             self._grow(max(end, 2 * len(self._active), 16))
         for name, values in tensors.items():
             getattr(self, f"_{name}")[start:end] = values
-        self._active[start:end] = True
         for slot, edit in enumerate(edits, start=start):
             self.edits.append(edit)
             self._slots[edit.id] = slot
             self._facts.setdefault(edit.fact, []).append(edit.id)
             self.next_id = max(self.next_id, edit.id + 1)
+        # In a saved editor an edit may come before one that it replaces.
+        self._active[start:end] = torch.tensor([not self._replaced_by.get(edit.id) for edit in edits], device=self._active.device)
         for edit in edits:
             self.replace(edit, edit.replaces)
+            self._refresh(self._replaced_by.get(edit.id, ()))
 
     def _checked(self, tensors: dict[str, Tensor], edits: list[Edit]) -> dict[str, Tensor]:
         """The tensors in the precision in which they are kept."""
@@ -322,17 +327,21 @@ class ExpertRepository(nn.Module):
             finite = kept[name].flatten(1).isfinite().all(1) if kept[name].dim() > 1 else kept[name].isfinite()
             if not finite.all():
                 raise ValueError(f"the expert of edit {edits[int((~finite).nonzero()[0])].prompt!r} has {name} that are not finite numbers: weights "
-                                 "of the editor or hidden states of the model are not finite, or out of the range of {str(dtype).removeprefix('torch.')}")
+                                 f"of the editor or hidden states of the model are not finite, or out of the range of {str(dtype).removeprefix('torch.')}")
         return kept
 
     def replace(self, edit: Edit, older: list[int]) -> None:
         """From now on this edit replaces the older ones, as far as they are there."""
         edit.replaces = sorted({*edit.replaces, *older})
-        present = [old for old in edit.replaces if old in self._slots]
-        edit.superseded = max(present, default=None)
         for old in edit.replaces:
             self._replaced_by.setdefault(old, set()).add(edit.id)
-        self._active[[self._slots[old] for old in present]] = False
+        self._active[[self._slots[old] for old in edit.replaces if old in self._slots]] = False
+        self._refresh([edit.id])
+
+    def _refresh(self, ids) -> None:
+        """What these edits put out of force, as it is now."""
+        for edit in (self.edits[self._slots[i]] for i in ids):
+            edit.superseded = max((old for old in edit.replaces if old in self._slots), default=None)
 
     def replace_same_facts(self, edits: list[Edit]) -> None:
         """Each of these edits replaces the older ones of the same picture and question."""
@@ -356,14 +365,8 @@ class ExpertRepository(nn.Module):
             self._replaced_by[old].discard(edit_id)
             if old in self._slots:
                 self._active[self._slots[old]] = not self._replaced_by[old]
-        for newer in self._replaced_by.get(edit_id, ()):
-            other = self.edits[self._slots[newer]]
-            other.superseded = max((old for old in other.replaces if old in self._slots), default=None)
+        self._refresh(self._replaced_by.get(edit_id, ()))
         return edit
-
-    def clear(self) -> None:
-        """Remove all; the memory is kept for experts to come, and ids are not used again."""
-        self._empty()
 
     def _grow(self, capacity: int) -> None:
         for name in (*self.TENSORS, "active"):

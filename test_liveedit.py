@@ -735,6 +735,23 @@ def test_big_stores_are_written_in_parts(base, tmp_path, monkeypatch):
     assert LiveEdit.from_pretrained(*base, tmp_path).edits() == edits
 
 
+def test_an_edit_that_is_saved_behind_what_replaces_it_stays_replaced(base, tmp_path):
+    """Of the first file most is forgotten: what is left of it is written behind the second."""
+    editor = strong_editor(*base)
+    first = editor.edit_many(questions(4))
+    editor.save_pretrained(tmp_path)
+    newer = editor.edit_many(questions(1))
+    editor.save_pretrained(tmp_path)
+    for edit in first[1:]:
+        editor.forget(edit.id)
+    editor.save_pretrained(tmp_path)
+    editor.detach()
+    loaded = LiveEdit.from_pretrained(*base, tmp_path)
+    assert [e.id for e in loaded.experts.edits] == [newer[0].id, first[0].id] and loaded.edits() == newer and newer[0].superseded == first[0].id
+    loaded.forget(newer[0].id)
+    assert [e.id for e in loaded.edits()] == [first[0].id]
+
+
 def test_experts_alone_travel_to_the_same_editor_and_to_no_other(base, tmp_path):
     model, processor = base
     editor = strong_editor(model, processor)

@@ -37,15 +37,13 @@ def backbone(width: int | None):
     return AutoModelForImageTextToText.from_config(config).eval()
 
 
-def milliseconds(call, repeats: int = 20) -> float:
-    """Median time of a call."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+def milliseconds(*calls, repeats: int = 20) -> list[float]:
+    """Median time of each call, taken in turn."""
+    times = [[] for _ in calls]
+    for repeat in range(repeats + 1):
+        for call, taken in zip(calls, times):
+            taken.append(1000 * seconds(call))
+    return [statistics.median(taken[1:]) for taken in times]
 
 
 def seconds(call) -> float:
@@ -73,9 +71,9 @@ def asking(editor: LiveEdit, query: Query, inputs: dict) -> dict[str, float]:
     experts, router = editor.experts, editor.router
     route = lambda: router.route(query, experts.visual_keys, experts.text_keys, experts.active)
     assert len(route().experts) == 4, f"{len(route().experts)} experts are kept, not the four that were planted"
-    product, whole = milliseconds(lambda: router.visual_similarity(query.visual, experts.visual_keys)), milliseconds(route)
-    return {"product": product, "routing": whole, "the rest": whole - product, "model": milliseconds(lambda: editor.model(**inputs)),
-            "explain": milliseconds(lambda: editor.explain(inputs))}
+    product, whole = milliseconds(lambda: router.visual_similarity(query.visual, experts.visual_keys), route)
+    model, explain = milliseconds(lambda: editor.model(**inputs), lambda: editor.explain(inputs))
+    return {"product": product, "routing": whole, "the rest": whole - product, "model": model, "explain": explain}
 
 
 def changing(editor: LiveEdit, picture: Image.Image, planted: torch.Tensor) -> dict[str, float]:
@@ -116,7 +114,7 @@ def main() -> None:
     inputs, states = editor.encode(picture, PROMPT), editor.capture([Question(picture, PROMPT, "x")])
     query = editor.router.query(Rows.gather(states.hidden, states.masks.prompt), Rows.gather(states.hidden, states.masks.image))
     print(f"width {editor.norm.weight.numel()}, {editor.experts.bytes_per_edit() / 1024:.1f} KiB per edit, {torch.get_num_threads()} threads; "
-          f"the unedited model takes {milliseconds(lambda: model(**inputs)):.1f} ms for the query")
+          f"the unedited model takes {milliseconds(lambda: model(**inputs))[0]:.1f} ms for the query")
     for count in given.experts:
         present = len(editor.experts)
         row = {"add": 1000 * seconds(lambda: grow(editor, count, query.visual)) / (count - present)}
