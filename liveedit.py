@@ -38,11 +38,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from generator import ExpertGenerator, apply_experts
-from router import Query, Router, Routing, Rows, hard_filter_loss, soft_router_loss, soft_weights, text_similarity
+from router import Router, Routing, Rows, hard_filter_loss, soft_router_loss, soft_weights, text_similarity
 
 CONFIG_FILE = "liveedit_config.json"
 CHANGEABLE = ("threshold", "same_fact", "expert_dtype")  # settings of a trained editor that its training does not depend on
+OWN_FILE = re.compile(r"(networks|experts)-[0-9a-f]{16}\.safetensors")  # as `save_pretrained` names them: no other file is read or deleted
 PART_BYTES = 2**30  # of one file of experts in a saved editor, about: more experts are written in several
+# What reading a file that is none of ours, or damaged, ends in.
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError)
 IGNORE = -100  # Hugging Face's label of tokens that are no answer
 
 
@@ -86,7 +89,7 @@ def is_whole(value) -> bool:
 
 
 def is_finite_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 # ------------------------------------------------------------------------------------------------ the model's parts
@@ -217,6 +220,18 @@ class States(NamedTuple):
         return cls(*(walk(list(values)) for values in zip(*parts)))
 
 
+def soft_weights_of_subset(scores: Tensor, owner: Tensor, role: Tensor) -> Tensor:
+    """Weights of Eq. (7) in training, scores (n, B): for each row over a random subset of the batch's experts (no hard filter).
+
+    Edits, generality and hard locality rows always have their own expert in it.
+    Differs from the official code: its subsets are random prefixes of the batch, so early slots distract far more often.
+    """
+    share = torch.rand(len(scores), 1, device=scores.device)
+    subset = torch.rand_like(scores) < share
+    own = F.one_hot(owner, scores.shape[1]).bool() & (role != LOCALITY)[:, None]
+    return soft_weights(scores, subset | own)
+
+
 # ------------------------------------------------------------------------------------------------ the expert repository
 
 
@@ -255,14 +270,15 @@ class ExpertRepository(nn.Module):
     An expert is in force unless an edit that replaces it is there. So forgetting an edit gives what never having made it gives.
     """
 
-    TENSORS = ("U", "V", "visual_keys", "text_keys", "visual_queries", "thresholds")  # the last two: how the filter sees the edit's own question
+    # U and V are the expert, the keys what queries are compared with; the rest is how the router sees the edit's own question, for `Router.same_fact`.
+    TENSORS = ("U", "V", "visual_keys", "text_keys", "visual_queries", "text_queries", "sentinels")
 
     def __init__(self, rank: int, hidden_size: int, slots: int, module_dim: int, dtype: torch.dtype = torch.float16):
         super().__init__()
         expert, feature = (rank, hidden_size), (slots, module_dim)
-        self.shapes = {"U": expert, "V": expert, "visual_keys": feature, "text_keys": feature, "visual_queries": feature, "thresholds": ()}
+        self.shapes = {name: feature for name in self.TENSORS} | {"U": expert, "V": expert, "sentinels": ()}
         # Only few experts are read for a query, but all visual keys: these are kept as the product needs them, in single precision.
-        self.dtypes = {name: torch.float32 if name in ("visual_keys", "thresholds") else dtype for name in self.TENSORS}
+        self.dtypes = {name: torch.float32 if name in ("visual_keys", "sentinels") else dtype for name in self.TENSORS}
         for name in self.TENSORS:
             self.register_buffer(f"_{name}", torch.empty(0, *self.shapes[name], dtype=self.dtypes[name]), persistent=False)
         self.register_buffer("_active", torch.empty(0, dtype=torch.bool), persistent=False)
@@ -282,7 +298,7 @@ class ExpertRepository(nn.Module):
         return len(self.edits)
 
     # The slots in use of each buffer, (N, ...).
-    U, V, visual_keys, text_keys, visual_queries, thresholds, active = (
+    U, V, visual_keys, text_keys, visual_queries, text_queries, sentinels, active = (
         property(lambda self, buffer=f"_{name}": getattr(self, buffer)[:len(self.edits)]) for name in (*TENSORS, "active"))
 
     def __contains__(self, edit_id: int) -> bool:
@@ -296,7 +312,7 @@ class ExpertRepository(nn.Module):
 
         Raises ValueError, and adds nothing, if shapes or ids do not fit or a number is not finite.
         """
-        tensors = self._checked(tensors, edits)
+        tensors = self._as_stored(tensors, edits)
         start, end = len(self.edits), len(self.edits) + len(edits)
         if end > len(self._active):
             self._grow(max(end, 2 * len(self._active), 16))
@@ -313,7 +329,7 @@ class ExpertRepository(nn.Module):
             self.replace(edit, edit.replaces)
             self._refresh(self._replaced_by.get(edit.id, ()))
 
-    def _checked(self, tensors: dict[str, Tensor], edits: list[Edit]) -> dict[str, Tensor]:
+    def _as_stored(self, tensors: dict[str, Tensor], edits: list[Edit]) -> dict[str, Tensor]:
         """The tensors in the precision in which they are kept."""
         ids = [edit.id for edit in edits]
         if len(set(ids)) < len(ids) or any(i in self for i in ids):
@@ -326,8 +342,8 @@ class ExpertRepository(nn.Module):
             kept[name] = tensors[name].detach().to(dtype)
             finite = kept[name].flatten(1).isfinite().all(1) if kept[name].dim() > 1 else kept[name].isfinite()
             if not finite.all():
-                raise ValueError(f"the expert of edit {edits[int((~finite).nonzero()[0])].prompt!r} has {name} that are not finite numbers: weights "
-                                 f"of the editor or hidden states of the model are not finite, or out of the range of {str(dtype).removeprefix('torch.')}")
+                raise ValueError(f"the expert of edit {edits[int((~finite).nonzero()[0])].prompt!r} has {name} that are not finite: hidden states of the "
+                                 f"model are not, or they leave the range of {str(dtype).removeprefix('torch.')}")
         return kept
 
     def replace(self, edit: Edit, older: list[int]) -> None:
@@ -343,10 +359,9 @@ class ExpertRepository(nn.Module):
         for edit in (self.edits[self._slots[i]] for i in ids):
             edit.superseded = max((old for old in edit.replaces if old in self._slots), default=None)
 
-    def replace_same_facts(self, edits: list[Edit]) -> None:
-        """Each of these edits replaces the older ones of the same picture and question."""
-        for edit in edits:
-            self.replace(edit, [old for old in self._facts[edit.fact] if old < edit.id])
+    def same_picture_and_question(self, edit: Edit) -> list[int]:
+        """Ids of the older edits of the same picture and question."""
+        return [old for old in self._facts[edit.fact] if old < edit.id]
 
     def remove(self, edit_id: int) -> Edit:
         """Remove one expert; what only it had replaced is in force again. Raises KeyError for an unknown id."""
@@ -443,8 +458,6 @@ class LiveEdit(nn.Module):
             raise TypeError(f"{type(model).__name__} has no config.image_token_id: LiveEdit cannot tell where its image rows are")
         # Held outside of nn.Module's registry: the model is not ours to move, train or save.
         self.__dict__.update(model=model, processor=processor, _layers=layers, _final_norm=norm, _inner=find_inner_model(model))
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
         width, c = model.config.get_text_config().hidden_size, config
         self.generator = ExpertGenerator(width, c.module_dim, c.rank, c.heads, c.gain)
         self.router = Router(width, c.module_dim, c.slots, c.heads, c.sentinel_tokens, c.similarity, c.threshold)
@@ -454,6 +467,7 @@ class LiveEdit(nn.Module):
         self._special_ids = torch.tensor(self._find_special_ids())
         self._arguments = {module: list(inspect.signature(module.forward).parameters) for module in (model, self._inner) if module is not None}
         self._handles: list = []
+        self._frozen: list[nn.Parameter] = []  # those of the model that required a gradient before `attach`
         self._routes = weakref.WeakKeyDictionary()  # KV cache of a prefill -> its call
         self._thread = _ThreadState()
         self._lock = threading.RLock()  # held while experts are read or changed
@@ -475,7 +489,7 @@ class LiveEdit(nn.Module):
     # -------------------------------------------------------------------------------------------- hooks
 
     def attach(self) -> "LiveEdit":
-        """Register the hooks. Raises RuntimeError if they are registered already."""
+        """Freeze the model and register the hooks. Raises RuntimeError if they are registered already."""
         if self._handles:
             raise RuntimeError("this editor is attached already; call detach() first")
         if any(isinstance(getattr(hook, "__self__", None), LiveEdit) for hook in self.model._forward_pre_hooks.values()):
@@ -489,12 +503,15 @@ class LiveEdit(nn.Module):
                 self.model.get_input_embeddings().register_forward_pre_hook(self._before_embedding),
                 self._inner.register_forward_pre_hook(self._before_inner, with_kwargs=True),
                 self._inner.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)]
+        self._frozen = [parameter.requires_grad_(False) for parameter in self.model.parameters() if parameter.requires_grad]
         return self
 
     def detach(self) -> nn.Module:
-        """Remove our hooks, and only ours; harmless when already detached. Returns the bare model."""
+        """Remove our hooks, and only ours, and unfreeze what we froze; harmless when already detached. Returns the bare model."""
         while self._handles:
             self._handles.pop().remove()
+        while self._frozen:
+            self._frozen.pop().requires_grad_(True)
         self._thread = _ThreadState()
         self._routes.clear()
         return self.model
@@ -502,11 +519,12 @@ class LiveEdit(nn.Module):
     @contextlib.contextmanager
     def disabled(self):
         """Inside, and in this thread, the model is the original, exactly. The hooks stay in their places among those of others."""
-        self._thread.disabled += 1
+        thread = self._thread  # `detach` replaces it
+        thread.disabled += 1
         try:
             yield self.model
         finally:
-            self._thread.disabled -= 1
+            thread.disabled -= 1
 
     def _before_model(self, model, args, kwargs):
         self._begin(dict(zip(self._arguments[model], args)) | kwargs)
@@ -533,15 +551,14 @@ class LiveEdit(nn.Module):
             self._routes.pop(cache, None)  # a cache that is filled anew
         if self._thread.disabled:
             return
-        if not len(self.experts) and (past == 0 or cache not in self._routes):
-            if past == 0:
-                self._thread.call = _Call(None, ids, with_image=True, prompt_ids=ids, length=0 if ids is None else ids.shape[1], pictures=pictures)
-            return
-        if ids is None:
-            raise ValueError("LiveEdit reads input_ids to find image and prompt; embeddings alone cannot be routed. "
-                             "Pass input_ids, or use `with editor.disabled():`")
         if past > 0:
             self._thread.call = self._continued(cache, ids)
+        elif not len(self.experts):  # nothing to route, and nothing to refuse
+            with_image = ids is None or bool((ids == self.model.config.image_token_id).any())
+            self._thread.call = _Call(None, ids, with_image=with_image, prompt_ids=ids, length=0 if ids is None else ids.shape[1], pictures=pictures)
+        elif ids is None:
+            raise ValueError("LiveEdit reads input_ids to find image and prompt; embeddings alone cannot be routed. "
+                             "Pass input_ids, or use `with editor.disabled():`")
         elif values.get("labels") is None and self._extends_uncached(ids, pictures):
             # Generation without a cache sends all ids so far at each step: the prompt's route holds.
             self._thread.call = replace(self._thread.uncached, masks=None, ids=ids, length=ids.shape[1], used=False)
@@ -570,13 +587,15 @@ class LiveEdit(nn.Module):
     def _continued(self, cache, ids: Tensor) -> "_Call":
         """The route of the prefill that filled this cache."""
         call = self._routes.get(cache)
+        if call is not None and (forgotten := self._forgotten(call)):
+            raise RuntimeError(f"this KV cache was filled with edit {forgotten[0]}, which was forgotten since; prefill the whole prompt again")
+        if not len(self.experts):  # nothing to refuse
+            return replace(call or _Call(None), ids=ids, masks=None, used=False)
         if call is None:
             raise RuntimeError("this KV cache was not filled by a prefill with the edits attached; prefill the whole prompt again")
-        if forgotten := self._forgotten(call):
-            raise RuntimeError(f"this KV cache was filled with edit {forgotten[0]}, which was forgotten since; prefill the whole prompt again")
-        if ids.shape[1] > 1 and (call.with_image or bool((ids == self.model.config.image_token_id).any())):
-            raise RuntimeError(f"{ids.shape[1]} new tokens continue a KV cache: LiveEdit routes whole prompts (no chunked prefill, no "
-                               "second turn on an old cache); pass the whole conversation without past_key_values")
+        if ids is None or (ids.shape[1] > 1 and (call.with_image or bool((ids == self.model.config.image_token_id).any()))):
+            raise RuntimeError("LiveEdit continues a KV cache by one token of input_ids at a time (no chunked prefill, no second turn on an old "
+                               "cache): it routes whole prompts; pass the whole conversation without past_key_values")
         return replace(call, masks=None, ids=ids, used=False)
 
     def _after_layer(self, layer, args, kwargs, output):
@@ -699,21 +718,21 @@ class LiveEdit(nn.Module):
             raise ValueError(f"this image has no pixels: its size is {image.size}")
         try:
             return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # PIL reads a file's pixels only now
-            raise ValueError(f"the image {getattr(image, 'filename', '') or image!r} cannot be read: {error}") from None
+        except Exception as error:  # PIL reads a file's pixels only now; its readers raise all kinds
+            raise ValueError(f"the image {getattr(image, 'filename', '') or image!r} cannot be read, or its file was closed: {error!r}") from None
 
-    @staticmethod
-    def _text(text: str, what: str) -> str:
+    def _text(self, text: str, what: str) -> str:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"a {what} must be a text that is not empty, not {text!r}")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(f"the {what} {text[:40]!r} holds half a character (a lone surrogate)")
+        if self.processor is not None and (token := str(self.processor.image_token)) in text:
+            raise ValueError(f"the {what} {text[:40]!r} holds the image token {token}; pass the picture, encode() places the token")
         return text
 
     def _prompt_text(self, question: str, has_image: bool) -> str:
+        token = str(self.processor.image_token)
         self._text(question, "prompt")
-        if (token := str(self.processor.image_token)) in question:
-            raise ValueError(f"the prompt {question!r} holds the image token {token}; pass the picture, encode() places the token")
         if self.config.prompt_style == "official" or not getattr(self.processor, "chat_template", None):
             suffix = "" if self.config.prompt_style == "official" else " The answer is:"
             return (f"{token}\n" if has_image and not self._processor_places_image_token else "") + question + suffix
@@ -755,6 +774,8 @@ class LiveEdit(nn.Module):
 
         progress: wraps the list of batches, for instance tqdm.
         """
+        if not questions:
+            raise ValueError("capture needs at least one question")
         chunks = [questions[i:i + batch_size] for i in range(0, len(questions), batch_size)]
         inputs = [self.encode([q.image for q in chunk], [q.prompt for q in chunk], [q.target for q in chunk]) for chunk in progress(chunks)]
         answers = [int((i["labels"] != IGNORE).any(0).sum()) for i in inputs]
@@ -770,7 +791,8 @@ class LiveEdit(nn.Module):
     @torch.no_grad()
     def capture_inputs(self, inputs: dict) -> States:
         """Run the frozen lower layers once on inputs prepared elsewhere, with `labels` that are -100 outside of the answers."""
-        masks, labels = self._masks(self._checked_inputs(inputs)), inputs["labels"]
+        self._check_inputs(inputs, "input_ids", "labels")
+        masks, labels = self._masks(inputs), inputs["labels"]
         if not self._handles:
             raise RuntimeError("this editor is detached; call attach() first")
         self._thread.captured = seen = {}
@@ -782,9 +804,9 @@ class LiveEdit(nn.Module):
         place = seen["hidden"].device
         return States(seen["hidden"], RowMasks(*(m.to(place) for m in masks)), labels.to(place), seen["args"], seen["kwargs"])
 
-    def _checked_inputs(self, inputs: dict) -> dict:
-        """Raises ValueError where model inputs are not what `encode` gives: ids and labels, integers (B, T), of the vocabulary."""
-        for name in ("input_ids", "labels"):
+    def _check_inputs(self, inputs: dict, *names: str) -> None:
+        """Raises ValueError where model inputs are not what `encode` gives: these are integers (B, T), and ids of the vocabulary."""
+        for name in names:
             ids = inputs.get(name) if hasattr(inputs, "get") else None
             if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
                 found = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
@@ -792,7 +814,6 @@ class LiveEdit(nn.Module):
         ids, vocabulary = inputs["input_ids"], self.model.get_input_embeddings().num_embeddings
         if (unknown := ids[((ids < 0) | (ids >= vocabulary)) & (ids != self.model.config.image_token_id)]).numel():
             raise ValueError(f"input_ids hold {unknown[0].item()}, but the model's vocabulary has {vocabulary} tokens")
-        return inputs
 
     def _upper(self, hidden: Tensor, states: States) -> Tensor:
         """The layers above the edit layer, norm and head; logits (tokens, vocabulary) at the answer tokens of all rows, row by row."""
@@ -812,27 +833,29 @@ class LiveEdit(nn.Module):
 
         Raises RuntimeError on an editor that was never trained, ValueError for a question without image, prompt or target.
         """
-        questions = self._checked(questions)
+        questions = self._questions(questions)
         if not is_whole(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
         chunks = [questions[i:i + batch_size] for i in range(0, len(questions), batch_size)]
-        return self._add(questions, [self._make_experts(self.capture(chunk)) for chunk in chunks])
+        return self._add_new(questions, [self._make_experts(self.capture(chunk)) for chunk in chunks])
 
     def edit_inputs(self, inputs: dict, questions: Sequence[Question | tuple]) -> list[Edit]:
         """Edits from model inputs prepared elsewhere, one row for each question: `labels` hold the target's tokens, -100 elsewhere.
 
         For processors that `encode` does not know; the questions are only what the repository keeps of the edits.
         """
-        questions = self._checked(questions)
+        questions = self._questions(questions)
         states = self.capture_inputs(inputs)
         if len(states.hidden) != len(questions) or not all(mask.any(1).all() for mask in states.masks):
             raise ValueError(f"{len(questions)} edits need as many rows with image, prompt and labels each; got {len(states.hidden)} rows")
-        return self._add(questions, [self._make_experts(states)])
+        return self._add_new(questions, [self._make_experts(states)])
 
-    def _checked(self, questions: Sequence[Question | tuple]) -> list[Question]:
+    def _questions(self, questions: Sequence[Question | tuple]) -> list[Question]:
+        """The edits as given, checked before any of them is made."""
         if not self.trained_steps:
             raise RuntimeError("this editor was never trained: its experts would be noise. Train it (training_losses, run.py) or "
                                "load a trained one with LiveEdit.from_pretrained")
+        self._check_weights()
         if not isinstance(questions, (list, tuple)) or not all(isinstance(q, (list, tuple)) and len(q) == 3 for q in questions):
             raise TypeError("edits are given as a list of (image, prompt, target)")
         questions = [Question(*q) for q in questions]
@@ -844,36 +867,53 @@ class LiveEdit(nn.Module):
             self._text(q.target, "target")
         return questions
 
-    def _add(self, questions: list[Question], made: list[tuple[dict[str, Tensor], Query]]) -> list[Edit]:
-        """Nothing is added before all experts are made; then each edit replaces the older ones of the same fact."""
+    def _check_weights(self) -> None:
+        """Raises ValueError if one of the editor's own weights is not finite, as after a training that diverged."""
+        for name, weight in self.named_parameters():
+            if not weight.isfinite().all():
+                raise ValueError(f"the editor's weight {name} holds numbers that are not finite")
+
+    def _add_new(self, questions: list[Question], made: list[dict[str, Tensor]]) -> list[Edit]:
+        """Nothing is added before all experts are made."""
         if not questions:
             return []
         digests, now = [image_digest(q.image) for q in questions], time.time()
         with self._lock:
             edits = [Edit(self.experts.next_id + i, q.prompt, q.target, digests[i], now) for i, q in enumerate(questions)]
-            self.experts.add({name: torch.cat([tensors[name] for tensors, _ in made]) for name in ExpertRepository.TENSORS}, edits)
-            self.experts.replace_same_facts(edits)
-            remaining = iter(edits)
-            for tensors, query in made if self.config.same_fact == "router" else ():
-                self._replace_by_router([next(remaining) for _ in query.visual], query, tensors["visual_keys"])
+            self._add(edits, {name: torch.cat([tensors[name] for tensors in made]) for name in ExpertRepository.TENSORS})
         return edits
 
-    @torch.no_grad()
-    def _replace_by_router(self, edits: list[Edit], query: Query, visual_keys: Tensor) -> None:
-        """Each edit replaces the older ones that the router takes for the same fact."""
-        for row, slot in self.router.same_fact(query, visual_keys, self.experts).tolist():
-            if self.experts.edits[slot].id < edits[row].id:
-                self.experts.replace(edits[row], [self.experts.edits[slot].id])
+    def _add(self, edits: list[Edit], tensors: dict[str, Tensor]) -> None:
+        """All or nothing: add experts, each replacing the older ones of the same fact."""
+        self.experts.add(tensors, edits)
+        try:
+            self._replace_same_facts(edits)
+        except BaseException:
+            for edit in edits:
+                self.experts.remove(edit.id)
+            raise
 
     @torch.no_grad()
-    def _make_experts(self, states: States) -> tuple[dict[str, Tensor], Query]:
-        """The tensors of one expert per row, and what a query with the same picture and prompt looks like to the router."""
+    def _replace_same_facts(self, edits: list[Edit]) -> None:
+        """Each of these edits replaces the older ones of the same picture and question, and those that the router takes for the same fact."""
+        older = {edit.id: self.experts.same_picture_and_question(edit) for edit in edits}
+        if self.config.same_fact == "router" and edits:
+            new = torch.tensor([self.experts.slot(edit.id) for edit in edits], device=self.experts.active.device)
+            for slot, other in self.router.same_fact(self.experts, new).tolist():
+                if self.experts.edits[other].id < self.experts.edits[slot].id:
+                    older[self.experts.edits[slot].id].append(self.experts.edits[other].id)
+        for edit in edits:
+            self.experts.replace(edit, older[edit.id])
+
+    @torch.no_grad()
+    def _make_experts(self, states: States) -> dict[str, Tensor]:
+        """What the repository keeps of each row of `states`."""
         hidden = states.hidden.float()
         U, V = self.generator(hidden, states.masks.image | states.masks.prompt | states.masks.answer)
         prompt, image = Rows.gather(hidden, states.masks.prompt), Rows.gather(hidden, states.masks.image)
         query = self.router.query(prompt, image)
         return {"U": U, "V": V, "visual_keys": self.router.visual_key(prompt, image), "text_keys": self.router.text_key(prompt),
-                "visual_queries": query.visual, "thresholds": self.router.thresholds(query)}, query
+                "visual_queries": query.visual, "text_queries": query.text, "sentinels": self.router.sentinel_similarity(query)}
 
     def edits(self) -> list[Edit]:
         """The edits in force, oldest first."""
@@ -893,9 +933,9 @@ class LiveEdit(nn.Module):
     @torch.no_grad()
     def explain(self, inputs: dict) -> list[list[dict]]:
         """For each row of `inputs` the edits that the filter kept, heaviest first: id, prompt, target, similarity, threshold, weight."""
-        if hasattr(inputs, "get") and isinstance(ids := inputs.get("input_ids"), Tensor):
-            inputs = {"labels": torch.full_like(ids, IGNORE), **inputs}
-        masks = self._masks(self._checked_inputs(inputs))
+        self._check_inputs(inputs, "input_ids")
+        inputs = {"labels": torch.full_like(inputs["input_ids"], IGNORE), **inputs}
+        masks = self._masks(inputs)
         report: list[list[dict]] = [[] for _ in masks.image]
         if not len(self.experts) or not masks.image.any():
             return report
@@ -970,74 +1010,92 @@ class LiveEdit(nn.Module):
     # -------------------------------------------------------------------------------------------- keeping
 
     def fingerprint(self) -> dict:
-        """What a saved editor needs to fit its backbone."""
+        """What a saved editor needs to fit its backbone, as JSON gives it back."""
         config, text = self.model.config, self.model.config.get_text_config()
         vision = getattr(config, "vision_config", None)
-        return {"model_type": config.model_type, "text_model_type": text.model_type, "hidden_size": text.hidden_size, "layers": len(self._layers),
-                "heads": text.num_attention_heads, "vocabulary": text.vocab_size, "image_token_id": config.image_token_id,
-                "image_size": getattr(vision, "image_size", None), "patch_size": getattr(vision, "patch_size", None)}
+        return json.loads(json.dumps({
+            "model_type": config.model_type, "text_model_type": text.model_type, "hidden_size": text.hidden_size, "layers": len(self._layers),
+            "heads": text.num_attention_heads, "vocabulary": text.vocab_size, "image_token_id": config.image_token_id,
+            "image_size": getattr(vision, "image_size", None), "patch_size": getattr(vision, "patch_size", None)}))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write editor and edits: `liveedit_config.json`, the networks in one file, the experts in others.
 
-        Safe against a crash at any moment: the config file names the others and is replaced last. Into a folder that holds the same editor only
-        new edits are written, as one file more, which takes in the last files as long as these hold no more edits: each edit is written
-        again a few times at most, and the number of files grows with the logarithm of that of the edits.
+        If the process is killed, the older or the newer save is whole: the config file names the others and is replaced last. Into a folder that holds
+        the same editor only new edits are written, as one file more, which takes in the last files while these are less than twice its size: so
+        there are about log2 N files, and an edit is written again as often at most. What another editor saved there is replaced. Files that stay are
+        not read again. One process writes to a folder at a time. Raises ValueError if a weight is not finite.
         """
-        with self._lock:
-            self._save(Path(folder))
-
-    def _save(self, folder: Path) -> None:
+        folder = Path(folder)
+        self._check_weights()
         folder.mkdir(parents=True, exist_ok=True)
-        networks = self._networks()
-        digest = _digest(networks)
-        older, parts = self._saved_parts(folder, digest)
-        saved, most = {i for ids in parts.values() for i in ids}, max(1, PART_BYTES // self.experts.bytes_per_edit())
-        new = [edit for edit in self.experts.edits if edit.id not in saved]
-        while new and parts and len(last := parts[next(reversed(parts))]) <= len(new) <= most - len(last):
-            parts.popitem()
-            new = [self.experts.edits[self.experts.slot(i)] for i in last if i in self.experts] + new
-        network_file = f"networks-{digest}.safetensors"
-        if not (folder / network_file).is_file():
-            _write_tensors(folder / network_file, networks, {})
-        for start in range(0, len(new), most):
-            name = f"experts-{time.time_ns()}.safetensors"
-            self._write_experts(folder / name, new[start:start + most], digest)
-            parts[name] = [edit.id for edit in new[start:start + most]]
-        content = {"config": asdict(self.config), "backbone": self.fingerprint(), "trained_steps": self.trained_steps, "editor": digest,
-                   "networks": network_file, "experts": list(parts), "next_id": self.experts.next_id,
-                   "forgotten": [i for ids in parts.values() for i in ids if i not in self.experts]}
-        with _replacing(folder / CONFIG_FILE) as draft:
-            draft.write_text(json.dumps(content, indent=2))
-        drafts = [file.name for file in folder.glob("*.safetensors.new")]  # of a save that was broken off
-        for name in older.union(drafts).difference((network_file, *parts)):  # other files are not ours
-            (folder / name).unlink(missing_ok=True)
+        with self._lock:
+            networks, editor = self._networks(), self.editor_digest()
+            parts = self._kept_parts(folder, editor)
+            new = self._edits_to_write(parts)
+            network_file, most = f"networks-{editor}.safetensors", self._edits_per_part()
+            if not _is_intact(folder / network_file, networks):
+                _write_tensors(folder / network_file, networks, {})
+            for start in range(0, len(new), most):
+                tensors, metadata = self._part(new[start:start + most], editor)
+                name = f"experts-{metadata['digest']}.safetensors"
+                _write_tensors(folder / name, tensors, metadata)
+                parts[name] = [edit.id for edit in new[start:start + most]]
+            content = {"config": asdict(self.config), "backbone": self.fingerprint(), "trained_steps": self.trained_steps, "editor": editor,
+                       "networks": network_file, "experts": list(parts), "next_id": self.experts.next_id,
+                       "forgotten": [i for ids in parts.values() for i in ids if i not in self.experts]}
+            with _replacing(folder / CONFIG_FILE) as draft:
+                draft.write_text(json.dumps(content, indent=2))
+            for file in folder.iterdir():  # of older saves, or of some that were broken off
+                if OWN_FILE.fullmatch(file.name.removesuffix(".new")) and file.name not in (network_file, *parts):
+                    file.unlink(missing_ok=True)
 
     def _networks(self) -> dict[str, Tensor]:
         """Generator, router and LayerNorm: what makes an editor, apart from its edits."""
         return {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
 
-    def _saved_parts(self, folder: Path, digest: str) -> tuple[set[str], dict[str, list[int]]]:
-        """All files that the save in a folder names, and the ids in those of experts that can stay: of this very editor, and most of them still here."""
-        files: set[str] = set()
+    def editor_digest(self) -> str:
+        """Of all that the experts of this editor depend on: its networks and its config, but for what may change."""
+        lasting = {key: value for key, value in asdict(self.config).items() if key not in CHANGEABLE}
+        return _digest(self._networks(), json.dumps(lasting, sort_keys=True))
+
+    def _edits_per_part(self) -> int:
+        return max(1, PART_BYTES // self.experts.bytes_per_edit())
+
+    def _kept_parts(self, folder: Path, editor: str) -> dict[str, list[int]]:
+        """The files of experts in a folder that can stay, and the ids in them: of this very editor, unchanged, and most of them not forgotten."""
         try:
             content = json.loads((folder / CONFIG_FILE).read_text())
-            files = _own_files(content)
-            parts = {name: _read_records(folder / name)[0] for name in content["experts"]} if content["editor"] == digest else {}
+            _check_names(content)
+            if content["editor"] != editor:
+                return {}
+            parts = {name: _read_records(folder / name)[0] for name in content["experts"]}
             here = {edit.id: _lasting(edit) for edit in self.experts.edits}
             stays = lambda records: (all(here.get(record["id"], record) == record for record in records)
                                      and 2 * sum(record["id"] in here for record in records) >= len(records))
-            return files, {name: [record["id"] for record in records] for name, records in parts.items() if stays(records)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-            return files, {}  # nothing there, or nothing that can be continued: it is written anew
+            return {name: [record["id"] for record in records] for name, records in parts.items() if stays(records)}
+        except DAMAGE:
+            return {}  # nothing there, or nothing that can be continued: it is written anew
 
-    def _write_experts(self, file: Path, edits: list[Edit], digest: str) -> None:
+    def _edits_to_write(self, parts: dict[str, list[int]]) -> list[Edit]:
+        """The edits that are in none of the parts, and those of the last parts, which are taken out, while these are small."""
+        saved = {i for ids in parts.values() for i in ids}
+        new = [edit for edit in self.experts.edits if edit.id not in saved]
+        while new and parts:
+            last = parts[next(reversed(parts))]
+            if len(last) >= 2 * len(new) or len(last) + len(new) > self._edits_per_part():
+                break
+            parts.popitem()
+            new = [self.experts.edits[self.experts.slot(i)] for i in last if i in self.experts] + new
+        return new
+
+    def _part(self, edits: list[Edit], editor: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata of a file of experts."""
         slots = [self.experts.slot(edit.id) for edit in edits]
         tensors = {name: getattr(self.experts, name)[slots].cpu().contiguous() for name in ExpertRepository.TENSORS}
-        records = json.dumps([_lasting(edit) for edit in edits]).encode()
-        # As a tensor: safetensors reads no more than 100 MB of metadata.
-        tensors["edits"] = torch.frombuffer(bytearray(records), dtype=torch.uint8)
-        _write_tensors(file, tensors, {"editor": digest, "digest": _digest(tensors)})
+        # The records as a tensor: safetensors reads no more than 100 MB of metadata.
+        tensors["edits"] = torch.frombuffer(bytearray(json.dumps([_lasting(edit) for edit in edits]).encode()), dtype=torch.uint8)
+        return tensors, {"editor": editor, "digest": _digest(tensors)}
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, processor, folder: str | Path, **changes) -> "LiveEdit":
@@ -1053,11 +1111,11 @@ class LiveEdit(nn.Module):
         try:
             content = json.loads(path.read_text())
             config = LiveEditConfig(**content["config"])
-            _own_files(content)
+            _check_names(content)
             if not (isinstance(content["backbone"], dict) and isinstance(content["forgotten"], list)
                     and all(map(is_whole, (content["next_id"], content["trained_steps"], *content["forgotten"])))):
                 raise ValueError("a value is of the wrong type")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{path} is damaged or of another version: {error!r}") from None
         editor = cls(model, processor, replace(config, **changes))
         try:
@@ -1070,15 +1128,15 @@ class LiveEdit(nn.Module):
     def _load(self, folder: Path, content: dict) -> None:
         saved, here = content["backbone"], self.fingerprint()
         if saved != here:
-            differing = ", ".join(f"{key} {saved.get(key)} (here {here[key]})" for key in here if saved.get(key) != here[key])
+            differing = ", ".join(f"{key} {saved.get(key)} (here {here.get(key)})" for key in here | saved if saved.get(key) != here.get(key))
             raise ValueError(f"the editor in {folder} was trained on another backbone: {differing}")
         try:
             networks = load_file(folder / content["networks"])
             if wrong := [name for name, values in networks.items() if not values.isfinite().all()]:
                 raise ValueError(f"{wrong[0]} has numbers that are not finite")
             self.load_state_dict(networks)
-            if _digest(networks) != content["editor"]:
-                raise ValueError(f"{content['networks']} has other numbers than it was saved with")
+            if self.editor_digest() != content["editor"]:
+                raise ValueError(f"{CONFIG_FILE} and {content['networks']} are not as they were saved together")
             for part in content["experts"]:
                 edits, editor, tensors = _read_experts(folder / part)
                 if editor != content["editor"]:
@@ -1086,35 +1144,37 @@ class LiveEdit(nn.Module):
                 self.experts.add(tensors, edits)
             for edit_id in content["forgotten"]:
                 self.experts.remove(edit_id)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except DAMAGE as error:
             raise ValueError(f"the saved editor in {folder} is damaged: {' '.join(str(error).split())}") from error
         self.trained_steps, self.experts.next_id = content["trained_steps"], max(self.experts.next_id, content["next_id"])
 
     def save_experts(self, file: str | Path) -> None:
         """The experts alone, for someone who has the same editor."""
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        file = Path(file)
+        if file.is_dir():
+            raise IsADirectoryError(f"{file} is a folder; save_experts writes one file")
+        file.parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
-            self._write_experts(Path(file), self.experts.edits, _digest(self._networks()))
+            _write_tensors(file, *self._part(self.experts.edits, self.editor_digest()))
 
     def load_experts(self, file: str | Path) -> list[Edit]:
-        """Add experts that `save_experts` wrote elsewhere, as newer edits than those here; they replace edits of the same picture and question.
+        """Add experts that `save_experts` wrote elsewhere, as newer edits than those here, which they replace where the facts are the same.
 
         Raises ValueError, and adds nothing, if they are of another editor or damaged.
         """
         try:
             records, editor, tensors = _read_experts(Path(file))
-        except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+        except DAMAGE as error:
             raise ValueError(f"{file} holds no experts of a LiveEdit editor: {error!r}") from None
-        if editor != _digest(self._networks()):
-            raise ValueError(f"the experts in {file} were made by another editor: its networks differ from this one's")
+        if editor != self.editor_digest():
+            raise ValueError(f"the experts in {file} were made by another editor: its networks or its config differ from this one's")
         with self._lock:
             ids = {edit.id: self.experts.next_id + i for i, edit in enumerate(sorted(records, key=lambda edit: edit.id))}
             edits = [replace(edit, id=ids[edit.id], replaces=[ids[i] for i in edit.replaces if i in ids]) for edit in records]
             try:
-                self.experts.add(tensors, edits)
+                self._add(edits, tensors)
             except ValueError as error:
                 raise ValueError(f"the experts in {file} are damaged: {error}") from None
-            self.experts.replace_same_facts(edits)
         return edits
 
 
@@ -1132,8 +1192,8 @@ def _lasting(edit: Edit) -> dict:
     return {name: getattr(edit, name) for name in ("id", "prompt", "target", "image_digest", "time", "replaces")}
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], more: str = "") -> str:
+    digest = hashlib.sha256(more.encode())
     for key in sorted(tensors):
         digest.update(key.encode())
         digest.update(tensors[key].numpy())
@@ -1145,7 +1205,7 @@ def _replacing(file: Path):
     """Write a file whole or not at all: gives the path of a draft, which takes the file's place at the end."""
     draft = file.with_name(file.name + ".new")
     yield draft
-    with open(draft, "rb") as opened:
+    with open(draft, "r+b") as opened:
         os.fsync(opened.fileno())  # on disk before anything names it
     os.replace(draft, file)
 
@@ -1155,6 +1215,14 @@ def _write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, s
         save_file(tensors, draft, metadata=metadata)
 
 
+def _is_intact(file: Path, tensors: dict[str, Tensor]) -> bool:
+    """Does a file hold exactly these tensors?"""
+    try:
+        return _digest(load_file(file)) == _digest(tensors)
+    except DAMAGE:
+        return False
+
+
 def _read_records(file: Path) -> tuple[list[dict], str]:
     """The edits of a file of experts as they were written, and the digest of the editor that made them."""
     with safe_open(file, framework="pt") as opened:
@@ -1162,7 +1230,7 @@ def _read_records(file: Path) -> tuple[list[dict], str]:
 
 
 def _read_experts(file: Path) -> tuple[list[Edit], str, dict[str, Tensor]]:
-    """The same with the experts' tensors. Raises KeyError, ValueError, TypeError, OSError or SafetensorError for other or damaged files."""
+    """The same with the experts' tensors. Raises one of DAMAGE for other or damaged files."""
     (records, editor), tensors = _read_records(file), load_file(file)
     with safe_open(file, framework="pt") as opened:
         if opened.metadata()["digest"] != _digest(tensors):
@@ -1170,23 +1238,7 @@ def _read_experts(file: Path) -> tuple[list[Edit], str, dict[str, Tensor]]:
     return [Edit(**record) for record in records], editor, tensors
 
 
-def _own_files(content: dict) -> set[str]:
-    """The files that a saved editor's config names. Raises ValueError for names that `save_pretrained` does not give: nothing else is read or deleted."""
-    files = {content["networks"], *content["experts"]}
-    for name in files:
-        if not re.fullmatch(r"(networks|experts)-[0-9a-f]+\.safetensors", name):
-            raise ValueError(f"{name!r} is no file of a saved editor")
-    return files
-
-
-def soft_weights_of_subset(scores: Tensor, owner: Tensor, role: Tensor) -> Tensor:
-    """Weights of Eq. (7) in training, scores (n, B): for each row over a random subset of the batch's experts (no hard filter).
-
-    Edits, generality and hard locality rows always have their own expert in it.
-    Differs from the official code: its subsets are random prefixes of the batch, so early slots distract far more often.
-    """
-    from router import soft_weights
-    share = torch.rand(len(scores), 1, device=scores.device)
-    subset = torch.rand_like(scores) < share
-    own = F.one_hot(owner, scores.shape[1]).bool() & (role != LOCALITY)[:, None]
-    return soft_weights(scores, subset | own)
+def _check_names(content: dict) -> None:
+    """Raises one of DAMAGE if a saved editor's config names files that `save_pretrained` does not give."""
+    if foreign := [name for name in (content["networks"], *content["experts"]) if not OWN_FILE.fullmatch(name)]:
+        raise ValueError(f"{foreign[0]!r} is no file of a saved editor")

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from generator import CrossAttention
 
 # Of `Router.same_fact`, in units of the routing losses' logits; chosen on scenes of the editor's training.
-SAME_FACT_MARGIN = 0.75  # by which the visual filter must keep the experts, on the mean of both directions
-SAME_FACT_SLACK = 1.5  # by which one direction, or the match of the questions, may miss
+SAME_FACT_MARGIN = 0.75  # by which two pictures must match, on the mean of both directions
+SAME_FACT_SLACK = 1.5  # by which one direction, or the questions, may miss a match
 
 
 class Rows(NamedTuple):
@@ -151,7 +151,7 @@ class Router(nn.Module):
     def route(self, query: Query, visual_keys: Tensor, text_keys: Tensor, active: Tensor | None = None) -> Routing:
         """The whole decision for keys (N, K, M); active (N,) leaves out experts that are not in force.
 
-        Beyond one product with all visual keys the work depends on the kept experts only.
+        Beyond one product with all visual keys, and a comparison of its results, the work depends on the kept experts only.
         """
         similarity = self.visual_similarity(query.visual, visual_keys)
         threshold = self.thresholds(query)
@@ -163,22 +163,26 @@ class Router(nn.Module):
         scores = text_similarity(query.text, text_keys[experts].to(query.text.dtype))
         return Routing(similarity, threshold, experts, soft_weights(scores, kept[:, experts]))
 
-    def same_fact(self, query: Query, visual_keys: Tensor, stored) -> Tensor:
-        """Which new edits speak of the fact of which stored edit? Pairs (n, 2): row of the new edit, index of the stored one.
+    def same_fact(self, stored, new: Tensor) -> Tensor:
+        """Which stored edits speak of the fact of which new ones? Pairs (n, 2) of indices: a new edit, and one that is another.
 
-        query and visual_keys (B, K, M): both sides of the new edits. stored: visual_keys, text_keys, visual_queries (N, K, M) and thresholds (N,).
-        Each edit's picture and question must pass the visual filter of the other's expert, by SAME_FACT_MARGIN on the mean of both directions,
-        and the new question must match the stored expert's. Beyond one product with all visual keys the work depends on near experts only.
+        stored: visual_keys, text_keys, visual_queries, text_queries (N, K, M) and sentinels (N,), each edit's features of both sides and the similarity
+        of its own question with the sentinel; new: indices of the new ones among them.
+        Each edit's own question is put to the other's expert. The filter's logit must be above SAME_FACT_MARGIN on the mean of both directions
+        and above -SAME_FACT_SLACK in each, and so must the match of the new question. A fixed threshold of the filter plays no part.
+        Beyond one product with all visual keys, and a comparison of its results, the work depends on near experts only.
         """
-        similarity = self.visual_similarity(query.visual, stored.visual_keys)
-        there = self.visual_logits(similarity - self.thresholds(query)[:, None])
-        pairs = []
-        for row, logits in enumerate(there):  # row by row: memory stays small even if all experts are near
-            near = (logits > -SAME_FACT_SLACK).nonzero().flatten()
-            back = self.paired_similarity(stored.visual_queries[near].to(visual_keys.dtype), visual_keys[row]) - stored.thresholds[near]
-            text = text_similarity(query.text[row:row + 1], stored.text_keys[near].to(query.text.dtype))[0]
-            same = ((logits[near] + self.visual_logits(back)) / 2 > SAME_FACT_MARGIN) & (text > -SAME_FACT_SLACK)
-            pairs.append(torch.stack([torch.full_like(near, row), near], dim=1)[same])
+        dtype, pairs = stored.visual_keys.dtype, []
+        logits = lambda similarity, sentinels: self.visual_logits(similarity - sentinels)
+        for block in new.split(128):
+            similarity = self.visual_similarity(stored.visual_queries[block].to(dtype), stored.visual_keys)
+            there = logits(similarity, stored.sentinels[block, None])
+            for index, row in zip(block.tolist(), there):  # one by one: memory stays small even if all experts are near
+                near = (row > -SAME_FACT_SLACK).nonzero().flatten()
+                back = logits(self.paired_similarity(stored.visual_queries[near].to(dtype), stored.visual_keys[index]), stored.sentinels[near])
+                text = text_similarity(stored.text_queries[index][None].to(dtype), stored.text_keys[near].to(dtype))[0]
+                same = ((row[near] + back) / 2 > SAME_FACT_MARGIN) & (back > -SAME_FACT_SLACK) & (text > -SAME_FACT_SLACK) & (near != index)
+                pairs.append(torch.stack([torch.full_like(near, index), near], dim=1)[same])
         return torch.cat(pairs)
 
 

@@ -4,6 +4,7 @@ References: the official modules' numbers (GOLDEN), naive loops, and the unedite
 whose filter keeps everything (its experts are noise, but strong); behavior with an editor trained here for some seconds.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -352,6 +353,49 @@ def test_exceptions_and_interrupts_leave_no_route_behind(editor):
     assert len(layers[5]._forward_hooks) == 0
 
 
+def test_detached_inside_disabled_and_attached_again_edits(editor):
+    editor.edit_many(questions(2))
+    inputs = editor.encode(picture(), QUESTIONS[0])
+    edited = logits_of(editor, inputs)
+    with editor.disabled():
+        original = logits_of(editor, inputs)
+        editor.detach()
+    editor.attach()
+    assert_same(logits_of(editor, inputs), edited)
+    with editor.disabled():
+        assert_same(logits_of(editor, inputs), original)
+
+
+def test_the_model_is_frozen_while_attached_only(base):
+    model, _ = base
+    model.lm_head.weight.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError):
+        LiveEdit(*base, LiveEditConfig(module_dim=64, heads=7))
+    assert [p.requires_grad for p in model.parameters()] == before and True in before
+    editor = strong_editor(*base)
+    assert not any(p.requires_grad for p in model.parameters())
+    editor.detach()
+    assert [p.requires_grad for p in model.parameters()] == before
+    model.lm_head.weight.requires_grad_(True)
+
+
+def test_without_edits_nothing_is_refused(editor):
+    """A second turn on an old cache, and embeddings without ids, work as they do without LiveEdit."""
+    inputs, more = editor.encode(picture(), QUESTIONS[0]), torch.tensor([[5, 6]])
+    outputs = []
+    for disabled in (True, False):
+        with editor.disabled() if disabled else contextlib.nullcontext():
+            cache = editor.model(**inputs, use_cache=True).past_key_values
+            outputs.append(editor.model(input_ids=more, past_key_values=cache).logits)
+            outputs.append(editor.model(inputs_embeds=torch.ones(1, 3, 128), past_key_values=cache).logits)
+    assert_same(outputs[0], outputs[2])
+    assert_same(outputs[1], outputs[3])
+    editor.edit_many(questions(1))
+    with pytest.raises(RuntimeError, match="whole prompts"):
+        editor.model(input_ids=more, past_key_values=cache)
+
+
 def test_two_editors_on_two_models_do_not_meet(base):
     other = AutoModelForImageTextToText.from_pretrained(TINY).eval()
     one, two = strong_editor(*base), strong_editor(other, base[1])
@@ -483,23 +527,54 @@ def test_edited_outputs_need_no_gradient_and_two_editors_on_one_model_are_refuse
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_same_fact_is_the_loop_over_pairs(similarity):
-    """The rule in words, and with stored features in half precision."""
-    router = Router(32, 16, 2, 4, 5, similarity)
+    """The rule in words, on stored features in half precision; with a fixed threshold of the filter it is the same."""
+    router = Router(32, 16, 2, 4, 5, similarity, threshold=0.9)
     with torch.no_grad():
         rows = lambda n, length: Rows(torch.randn(n, length, 32), torch.ones(n, length, dtype=torch.bool))
         prompt, image = rows(9, 4), rows(9, 6)
-        query, keys, text = router.query(prompt, image), router.visual_key(prompt, image), router.text_key(prompt)
-        query, keys = query._replace(text=40 * query.text), keys if router.cosine else 8 * keys
-        stored = SimpleNamespace(visual_keys=keys, text_keys=text.half(), visual_queries=query.visual.half(), thresholds=router.thresholds(query) - 0.2)
-        found = {tuple(pair) for pair in router.same_fact(query, keys, stored).tolist()}
-        expected, logits = set(), lambda similarity, threshold: router.visual_logits(similarity - threshold).item()
-        for new in range(9):
+        query, keys = router.query(prompt, image), router.visual_key(prompt, image) * (1 if similarity == "cosine" else 8)
+        stored = SimpleNamespace(visual_keys=keys, text_keys=router.text_key(prompt).half(), visual_queries=query.visual.half(),
+                                 text_queries=40 * query.text.half(), sentinels=router.sentinel_similarity(query) - 0.2)
+        found = {tuple(pair) for pair in router.same_fact(stored, torch.tensor([1, 4, 5, 8])).tolist()}
+        expected = set()
+        for new in (1, 4, 5, 8):
             for old in range(9):
-                there = logits(router.visual_similarity(query.visual[[new]], keys[[old]]), router.thresholds(query)[new])
-                back = logits(router.visual_similarity(query.visual[[old]].half().float(), keys[[new]]), stored.thresholds[old])
-                if there > -1.5 and (there + back) / 2 > 0.75 and text_similarity(query.text[[new]], stored.text_keys[[old]].float()) > -1.5:
+                shown = lambda a, b: router.visual_logits(router.visual_similarity(stored.visual_queries[[a]].float(), keys[[b]]) - stored.sentinels[a]).item()
+                there, back = shown(new, old), shown(old, new)
+                text = text_similarity(stored.text_queries[[new]].float(), stored.text_keys[[old]].float()).item()
+                if old != new and (there + back) / 2 > 0.75 and min(there, back, text) > -1.5:
                     expected.add((new, old))
-    assert found == expected and 0 < len(expected) < 81
+    assert found == expected and 0 < len(expected) < 32
+
+
+def test_experts_that_arrive_are_judged_by_the_router_too(base, tmp_path):
+    editor = strong_editor(*base, same_fact="router")
+    here, there = questions(4), questions(4, start=10)
+    editor.edit_many([*here, *there])
+    expected = [(e.target, [editor.experts.edits[editor.experts.slot(i)].target for i in e.replaces]) for e in editor.experts.edits]
+    editor.reset()
+    editor.edit_many(there)
+    editor.save_experts(tmp_path / "experts.safetensors")
+    editor.reset()
+    editor.edit_many(here)
+    editor.load_experts(tmp_path / "experts.safetensors")
+    assert [(e.target, [editor.experts.edits[editor.experts.slot(i)].target for i in e.replaces]) for e in editor.experts.edits] == expected
+    assert any(replaced for _, replaced in expected[4:])
+
+
+def test_an_edit_that_fails_while_replacing_is_not_made(editor, monkeypatch):
+    edits = editor.edit_many(questions(3))
+    def interrupted(edit, older):
+        if edit.id == 5 and older:
+            raise KeyboardInterrupt
+        return replace(edit, older)
+
+    replace = editor.experts.replace
+    monkeypatch.setattr(editor.experts, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit_many(questions(3))
+    monkeypatch.undo()
+    assert editor.edits() == edits
 
 
 def test_the_router_decides_what_is_the_same_fact_and_forgetting_undoes_it(base):
@@ -590,7 +665,7 @@ def test_edits_in_batches_make_the_same_experts(base):
         one.edit(*q)
     one.detach()
     for name, tensor in batched.items():
-        assert_close(getattr(one.experts, name), tensor)
+        assert_close(getattr(one.experts, name), tensor, 1e-3)  # a unit in the last place of half precision
 
 
 def test_order_of_edits_does_not_matter_and_forget_undoes(editor):
@@ -640,7 +715,7 @@ def test_repository_is_a_list_of_experts_under_random_use():
             values = torch.randn(1, 2, 3)
             edit = Edit(repository.next_id, rng.choice("abcdef"), "x", "image", 0.0)
             repository.add({name: values if repository.shapes[name] else values[:, 0, 0] for name in ExpertRepository.TENSORS}, [edit])
-            repository.replace_same_facts([edit])
+            repository.replace(edit, repository.same_picture_and_question(edit))
             reference[edit.id] = (edit.prompt, values[0])
         newest = {prompt: max(i for i, (p, _) in reference.items() if p == prompt) for prompt, _ in reference.values()}
         assert {e.id for e in repository.edits} == set(reference) and len(repository.U) == len(reference)
@@ -674,7 +749,7 @@ def test_a_second_save_writes_the_new_edits_only_and_forgetting_none(base, tmp_p
     model, processor = base
     editor = strong_editor(model, processor)
     files = lambda: {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.safetensors")}
-    first = editor.edit_many(questions(6))
+    first = editor.edit_many(questions(9))
     editor.save_pretrained(tmp_path)
     before = files()
     late = editor.edit_many([*questions(2), *questions(2, 10)])  # two of them replace the first two
@@ -685,7 +760,7 @@ def test_a_second_save_writes_the_new_edits_only_and_forgetting_none(base, tmp_p
     expected = logits_of(editor, inputs)
     editor.detach()
     loaded = LiveEdit.from_pretrained(model, processor, tmp_path)
-    assert loaded.edits() == edits and len(edits) == 7
+    assert loaded.edits() == edits and len(edits) == 10
     assert_close(logits_of(loaded, inputs), expected, 1e-4)  # sums in another order
     loaded.forget(late[0].id)
     assert first[0].id in [e.id for e in loaded.edits()]
@@ -718,7 +793,7 @@ def test_a_save_into_the_folder_of_another_history_keeps_nothing_of_it(base, tmp
 def test_big_stores_are_written_in_parts(base, tmp_path, monkeypatch):
     editor = strong_editor(*base)
     monkeypatch.setattr(liveedit, "PART_BYTES", 3 * editor.experts.bytes_per_edit())
-    parts = lambda: sorted(len(safe_open(file, "pt").get_slice("thresholds")[:]) for file in tmp_path.glob("experts-*"))
+    parts = lambda: sorted(len(safe_open(file, "pt").get_slice("sentinels")[:]) for file in tmp_path.glob("experts-*"))
     editor.edit_many(questions(8))
     editor.save_pretrained(tmp_path)
     assert parts() == [2, 3, 3]
@@ -783,11 +858,11 @@ class Killed(BaseException):
 
 
 def killed_at(line: int, action) -> bool:
-    """Run the action and break it off at the n-th line that it executes in liveedit.py. Was there such a line?"""
+    """Run the action and break it off at the n-th line that it executes in what writes files. Was there such a line?"""
     lines = itertools.count(1)
 
     def trace(frame, event, argument):
-        if frame.f_code.co_filename != liveedit.__file__:
+        if frame.f_code.co_filename != liveedit.__file__ or frame.f_code.co_name not in ("save_pretrained", "_write_tensors", "_replacing"):
             return None
         if event == "line" and next(lines) == line:
             raise Killed
@@ -836,7 +911,7 @@ def test_a_save_that_ends_at_any_line_leaves_the_older_or_the_newer_one(base, tm
         loaded.detach()
         editor.attach()
         assert loaded.edits() == newer
-    assert line > 30 and seen == {len(older), len(newer)} and loaded.edits() == newer
+    assert line > 20 and seen == {len(older), len(newer)} and loaded.edits() == newer
 
 
 def test_a_file_that_was_written_by_half_is_no_obstacle(base, tmp_path, monkeypatch):
@@ -864,13 +939,27 @@ def test_a_file_that_was_written_by_half_is_no_obstacle(base, tmp_path, monkeypa
 def test_saving_deletes_nothing_that_a_foreign_config_names(base, tmp_path):
     editor = strong_editor(*base)
     editor.save_pretrained(tmp_path / "editor")
-    for name in ("../mine.safetensors", "mine.safetensors"):
+    (tmp_path / "editor" / "experts-0123456789abcdef.safetensors").write_text("of a save that was broken off")
+    for name in ("../mine.safetensors", "mine.safetensors", "mine.safetensors.new"):
         (tmp_path / "editor" / name).write_text("mine")
         content = json.loads((tmp_path / "editor" / CONFIG_FILE).read_text()) | {"experts": [name]}
         (tmp_path / "editor" / CONFIG_FILE).write_text(json.dumps(content))
         editor.norm.weight.data += 1
         editor.save_pretrained(tmp_path / "editor")
         assert (tmp_path / "editor" / name).read_text() == "mine"
+    assert sorted(file.name.split("-")[0] for file in (tmp_path / "editor").iterdir()) == [
+        CONFIG_FILE, "mine.safetensors", "mine.safetensors.new", "networks"]
+
+
+def test_a_save_heals_damaged_networks(base, tmp_path):
+    editor = strong_editor(*base)
+    editor.edit_many(questions(1))
+    editor.save_pretrained(tmp_path)
+    [file] = tmp_path.glob("networks-*")
+    file.write_bytes(file.read_bytes()[:-9] + bytes(9))
+    editor.save_pretrained(tmp_path)
+    editor.detach()
+    assert LiveEdit.from_pretrained(*base, tmp_path).edits() == editor.edits()
 
 
 def test_a_killed_process_leaves_a_whole_save(base, tmp_path):
@@ -1103,6 +1192,13 @@ def set_first(values: torch.Tensor, number: float) -> None:
     values.view(-1)[0] = number
 
 
+def closed_picture(h) -> Image.Image:
+    """A picture whose file was closed before its pixels were read, as `with Image.open(...)` leaves it."""
+    picture().save(h.folder / "picture.png")
+    with Image.open(h.folder / "picture.png") as image:
+        return image
+
+
 def foreign_processor_words(h):
     """A tokenizer that drops a character has no token for it."""
     backend, usual = h.editor.processor.tokenizer.backend_tokenizer, h.editor.processor.tokenizer.backend_tokenizer.normalizer
@@ -1125,7 +1221,7 @@ HOSTILE = [
       for name in ("module_dim", "rank", "slots", "heads", "sentinel_tokens")),
     *((f"config.{name}", name, [lambda h, v=v, name=name: LiveEditConfig(**{name: v}) for v in ("l2", "", None, 3, ["cosine"])])
       for name in ("similarity", "same_fact", "expert_dtype", "prompt_style")),
-    ("config.gain", "gain", [lambda h, v=v: LiveEditConfig(gain=v) for v in (0, -1.0, math.nan, math.inf, "1", None, True)]),
+    ("config.gain", "gain", [lambda h, v=v: LiveEditConfig(gain=v) for v in (0, -1.0, math.nan, math.inf, 10**400, "1", None, True)]),
     ("config.threshold", "threshold", [lambda h, v=v: LiveEditConfig(threshold=v) for v in ("0.5", math.nan, math.inf, 2.0, -1.1, True, [])]),
     ("config.layer", "layer", [lambda h, v=v: LiveEdit(h.editor.model, None, LiveEditConfig(layer=v)) for v in (6, -1, 1.5, "3", True, math.nan)]),
     ("LiveEdit", "heads", [lambda h: LiveEdit(h.editor.model, None, LiveEditConfig(module_dim=64, heads=7))]),
@@ -1142,6 +1238,8 @@ HOSTILE = [
         Image.new("RGB", (0, 0)), Image.new("RGB", (5, 0)), Image.new("L", (0, 5)))]),
     ("edit truncated file", "image", [lambda h, a=a: h.editor.edit(encoded_picture(*a), "What?", "heart") for a in (
         ("PNG", 900), ("JPEG", 300), ("BMP", 900), ("GIF", 900))]),
+    ("edit closed file", "closed", [lambda h: h.editor.edit(closed_picture(h), "What?", "heart"), lambda h: h.editor.encode(closed_picture(h), "What?")]),
+    ("capture", "at least one", [lambda h: h.editor.capture([])]),
     ("edit picture modes", None, [edits_like(spectrum(mode)) for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16")]),
     ("edit picture sizes", None, [edits_like(spectrum("RGB", size)) for size in ((1, 1), (1, 3), (3, 1), (3, 3), (1, 90), (90, 1), (700, 500))]),
     ("edit picture files", None, [edits_like(encoded_picture("PNG")), edits_like(encoded_picture("JPEG")), edits_like(GIF)]),
@@ -1157,6 +1255,7 @@ HOSTILE = [
     ("edit odd prompts", None, [edits_like(picture(), prompt) for prompt in ("\0", "?", "</s>", "<s>", "🙂🙂", "مرحبا", "e\u0301\u200b", "What? " * 60)]),
     ("edit odd targets", None, [edits_like(picture(), target=target) for target in ("\0", ".", "</s>", "🙂", "漢字", "-100", "heart\nheart", "a " * 100)]),
     ("edit target", "target", [lambda h, v=v: h.editor.edit(picture(), "What?", v) for v in NO_TEXTS]),
+    ("edit target", "image token", [lambda h, v=v: h.editor.edit(picture(), "What?", v) for v in ("<image>", "a <image>")]),
     ("edit target without tokens", "target|prompt", [foreign_processor_words]),
     ("encode target", "target", [lambda h, v=v: h.editor.encode([picture()], ["What?"], [v]) for v in NO_TEXTS]),
     ("encode lists", "lists of them|images and", [lambda h, a=a: h.editor.encode(*a) for a in (
@@ -1170,8 +1269,9 @@ HOSTILE = [
         (None, "What?", "x"), (picture(), "", "x"), (picture(), "What?", " "), ("cat.png", "What?", "x"), (picture(), "<image>", "x"))]),
     ("edit_many nothing", None, [lambda h: h.editor.edit_many([])]),
     ("edit NaN weights", "not finite", [lambda h, v=v, name=name: with_weight(h, name, v, lambda: h.editor.edit(picture(), "What?", "x"))
-                                        for v in (math.nan, math.inf) for name in ("generator.queries_V", "router.edit_side.text_queries",
-                                                                                   "router.input_side.visual_queries", "generator.norm_U.weight")]),
+                                        for v in (math.nan, math.inf) for name in ("generator.queries_V", "router.edit_side.text_queries", "norm.weight",
+                                                                                   "router.input_side.text_queries", "generator.norm_U.weight")]),
+    ("save NaN weights", "not finite", [lambda h: with_weight(h, "norm.bias", math.nan, lambda: h.editor.save_pretrained(h.folder))]),
     ("edit_inputs", "input_ids|labels|rows|integers|vocabulary|attention_mask|finite|[Ii]mage", [inputs_with("edit_inputs", change) for change in (
         lambda i: None, lambda i: {}, lambda i: list(i), lambda i: i | {"labels": None}, lambda i: i | {"labels": i["labels"].float()},
         lambda i: i | {"labels": i["labels"][0]}, lambda i: i | {"labels": torch.full_like(i["labels"], -100)},
@@ -1193,9 +1293,10 @@ HOSTILE = [
     ("forget", "no edit with id", [lambda h, v=v: h.editor.forget(v) for v in (0, -1, 99, "1", None, 1.0, True, [1], (1,), math.nan, 2**70)]),
     ("forget twice", "no edit with id", [lambda h: [h.editor.forget(h.editor.edit(*questions(1, 9)[0]).id)] and h.editor.forget(h.editor.experts.next_id - 1)]),
 
+    ("save_pretrained over damage", None, [lambda h, text=text: saves_over(h, text) for text in ("", "[" * 100_000, "{}", "\0")]),
     ("save_pretrained", "file", [lambda h: (h.folder / "file").touch() or h.editor.save_pretrained(h.folder / "file"),
                                  lambda h: (h.folder / "file").touch() or h.editor.save_pretrained(h.folder / "file" / "below")]),
-    ("save_experts", "directory|File exists", [lambda h: h.editor.save_experts(h.folder),
+    ("save_experts", "folder|directory|File exists", [lambda h: h.editor.save_experts(h.folder),
                                                lambda h: (h.folder / "file").touch() or h.editor.save_experts(h.folder / "file" / "below")]),
     ("from_pretrained folder", "no saved editor|liveedit_config", [
         loads(lambda folder: shutil.rmtree(folder)), loads(lambda folder: (folder / CONFIG_FILE).unlink()),
@@ -1210,7 +1311,8 @@ HOSTILE = [
         ("experts", ["experts-1.safetensors"]), ("experts", [""]), ("experts", "experts-1.safetensors"))]),
     ("from_pretrained settings", "damaged|layers 0 to 5|heads", [config(lambda c, a=a: c["config"].update(a)) for a in (
         {"rank": 0}, {"rank": 8}, {"module_dim": 32}, {"slots": "4"}, {"layer": 9}, {"unknown": 1}, {"heads": 7}, {"gain": -1}, {"similarity": "l2"},
-        {"sentinel_tokens": 5})]),
+        {"sentinel_tokens": 5}, {"layer": 2}, {"gain": 1.0}, {"prompt_style": "official"})]),
+    ("from_pretrained settings", "damaged", [config(lambda c: c["config"].update(heads=4))]),
     *((f"from_pretrained backbone {key}", key, [config(lambda c, key=key: c["backbone"].update({key: 7}))])
       for key in ("model_type", "hidden_size", "layers", "vocabulary", "image_token_id", "image_size")),
     ("from_pretrained files", "damaged", [file_of(pattern, change) for pattern in ("networks-*", "experts-*") for change in (
@@ -1219,9 +1321,9 @@ HOSTILE = [
         lambda t: set_first(t["norm.weight"], math.nan), lambda t: set_first(t["generator.queries_U"], math.inf), lambda t: t.pop("norm.bias"),
         lambda t: t.update(more=torch.zeros(2)), lambda t: t.update({"norm.weight": torch.zeros(3)}))]),
     ("from_pretrained experts", "damaged", [tensors_of("experts-*", change) for change in (
-        lambda t: set_first(t["U"], math.nan), lambda t: set_first(t["thresholds"], math.inf), lambda t: t.pop("V"), lambda t: t.pop("edits"),
+        lambda t: set_first(t["U"], math.nan), lambda t: set_first(t["sentinels"], math.inf), lambda t: t.pop("V"), lambda t: t.pop("edits"),
         lambda t: t.update(U=t["U"][:, :1]), lambda t: t.update(U=t["U"][:1]), lambda t: t.update(text_keys=t["text_keys"][:, :, :8]),
-        lambda t: t.update(thresholds=t["thresholds"][:, None]), lambda t: t.update(edits=torch.zeros(5, dtype=torch.uint8)))]),
+        lambda t: t.update(sentinels=t["sentinels"][:, None]), lambda t: t.update(edits=torch.zeros(5, dtype=torch.uint8)))]),
     ("from_pretrained records", "damaged", [records(change) for change in (
         lambda r: {"id": 1}, lambda r: [1, 2], lambda r: [None, None], lambda r: r[:1], lambda r: r + r, lambda r: r[0].update(id=2), lambda r: r[0].update(id="1"),
         lambda r: r[0].update(prompt=None), lambda r: r[0].update(replaces=["1"]), lambda r: r[0].update(time="now"), lambda r: r[0].pop("target"),
@@ -1232,7 +1334,7 @@ HOSTILE = [
         lambda file: file.unlink(), lambda file: file.write_bytes(b""), lambda file: file.write_bytes(b"junk" * 50),
         lambda file: [file.unlink(), file.mkdir()], lambda file: save_file({"x": torch.zeros(1)}, file), lambda file: save_file({"x": torch.zeros(1)}, file, {"editor": "x"}),
         lambda file: rewrite(file, lambda t: set_first(t["V"], math.nan)), lambda file: rewrite(file, lambda t: t.update(U=t["U"][:, :1])),
-        lambda file: rewrite(file, lambda t: t.pop("visual_keys")), lambda file: rewrite(file, lambda t: t.update(edits=torch.ones(9, dtype=torch.uint8))))]),
+        lambda file: rewrite(file, lambda t: t.update(edits=torch.tensor(list(b"[" * 100_000), dtype=torch.uint8))), lambda file: rewrite(file, lambda t: t.pop("visual_keys")), lambda file: rewrite(file, lambda t: t.update(edits=torch.ones(9, dtype=torch.uint8))))]),
     ("load_experts of another editor", "another editor", [lambda h: with_weight(h, "norm.weight", 3.0, lambda: arrives_from(h), after_saving=True)]),
 ]
 
@@ -1248,6 +1350,19 @@ def with_weight(h, name: str, value: float, call, after_saving: bool = False) ->
         call()
     finally:
         weight.copy_(usual)
+
+
+def saves_over(h, text: str) -> None:
+    """Works: a save into a folder whose config is damaged."""
+    (h.folder / CONFIG_FILE).write_text(text)
+    h.editor.save_pretrained(h.folder)
+    h.editor.detach()
+    try:
+        loaded = LiveEdit.from_pretrained(h.editor.model, h.editor.processor, h.folder)
+        loaded.detach()
+    finally:
+        h.editor.attach()
+    assert loaded.edits() == h.editor.edits()
 
 
 def arrives_from(h) -> None:
@@ -1646,7 +1761,7 @@ def test_the_main_job_writes_what_it_promises(small_run):
             assert row[way]["text_locality"] == row[way]["no_image"] == 100
             assert row[way]["average"] == pytest.approx(sum(row[way][name] for name in run.MAIN_METRICS) / 5)
     assert metrics["updates"]["edits"] == 12 and set(metrics["updates"]["forms"]) <= set(data.UPDATE_FORMS) and metrics["updates"]["n"] == 2
-    assert metrics["bytes_per_edit"] == 2 * (2 * 4 * 128) + (4 + 2 + 2) * 4 * 128 + 4 and metrics["seconds_per_edit"] > 0 and metrics["training"]["steps"] == 20
+    assert metrics["bytes_per_edit"] == 2 * (2 * 4 * 128) + (4 + 2 + 2 + 2) * 4 * 128 + 4 and metrics["seconds_per_edit"] > 0 and metrics["training"]["steps"] == 20
     lines = [json.loads(line) for line in (small_run / "predictions.jsonl").read_text().splitlines()]
     assert len(lines) == 8 * (12 + 12 + 10 + 12) and {"prompt", "expected", "before", "after"} <= set(lines[0])
     assert Image.open(small_run / "edits.png").width > 500

@@ -59,7 +59,7 @@ def grow(editor: LiveEdit, count: int, planted: torch.Tensor) -> None:
         n = min(1000, count - present)
         features = lambda: F.normalize(torch.randn(n, config.slots, config.module_dim), dim=-1)
         tensors = {"U": 0.01 * torch.randn(n, config.rank, width), "V": 0.01 * torch.randn(n, config.rank, width), "visual_keys": features(),
-                   "text_keys": features(), "visual_queries": features(), "thresholds": torch.full((n,), 0.5)}
+                   "text_keys": features(), "visual_queries": features(), "text_queries": features(), "sentinels": torch.full((n,), 0.5)}
         if present == 0:
             tensors["visual_keys"][:4] = planted
         first = editor.experts.next_id
