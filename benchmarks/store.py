@@ -107,12 +107,14 @@ def main() -> None:
     given = options.parse_args()
     torch.manual_seed(0)
     model, processor = backbone(given.width), AutoProcessor.from_pretrained(HERE / "tiny-llava")
-    sizes = {} if given.width else {"module_dim": 128, "sentinel_tokens": 64}
-    editor = LiveEdit(model, processor, LiveEditConfig(threshold=0.5, **sizes))
-    editor.trained_steps = 1  # of random weights: the edits mean nothing here
     picture = Image.effect_noise((64, 64), 60).convert("RGB")
+    editor = LiveEdit(model, processor, LiveEditConfig(threshold=0.5, sentinel_tokens=36, **({} if given.width else {"module_dim": 128})))
+    editor.trained_steps = 1  # of random weights: the edits mean nothing here
     inputs, states = editor.encode(picture, PROMPT), editor.capture([Question(picture, PROMPT, "x")])
-    query = editor.router.query(Rows.gather(states.hidden, states.masks.prompt), Rows.gather(states.hidden, states.masks.image))
+    prompt, image = Rows.gather(states.hidden, states.masks.prompt), Rows.gather(states.hidden, states.masks.image)
+    # A trained sentinel is nearer to a query than experts of other pictures are. An untrained one is not; the picture itself is.
+    editor.router.sentinel.copy_(image.states)
+    query = editor.router.query(prompt, image)
     print(f"width {editor.norm.weight.numel()}, {editor.experts.bytes_per_edit() / 1024:.1f} KiB per edit, {torch.get_num_threads()} threads; "
           f"the unedited model takes {milliseconds(lambda: model(**inputs))[0]:.1f} ms for the query")
     for count in given.experts:
