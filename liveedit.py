@@ -249,7 +249,8 @@ class Edit:
 
     def __post_init__(self):
         texts, numbers = (self.prompt, self.target, self.image_digest), (self.id, *self.replaces)
-        if not (all(isinstance(text, str) for text in texts) and all(is_whole(number) for number in numbers) and is_finite_number(self.time)):
+        if not (all(isinstance(text, str) for text in texts) and all(is_whole(number) for number in numbers) and is_finite_number(self.time)
+                and all(old < self.id for old in self.replaces)):
             raise ValueError(f"this is no record of an edit: {self!r}")
 
     @property
@@ -343,7 +344,7 @@ class ExpertRepository(nn.Module):
             finite = kept[name].flatten(1).isfinite().all(1) if kept[name].dim() > 1 else kept[name].isfinite()
             if not finite.all():
                 raise ValueError(f"the expert of edit {edits[int((~finite).nonzero()[0])].prompt!r} has {name} that are not finite: hidden states of the "
-                                 f"model are not, or they leave the range of {str(dtype).removeprefix('torch.')}")
+                                 f"model are not, or they leave the range of {str(dtype).removeprefix('torch.')} (then take expert_dtype=\"float32\")")
         return kept
 
     def replace(self, edit: Edit, older: list[int]) -> None:
@@ -377,18 +378,19 @@ class ExpertRepository(nn.Module):
             self.edits[slot] = moved
             self._slots[moved.id] = slot
         for old in edit.replaces:
-            self._replaced_by[old].discard(edit_id)
+            self._replaced_by.get(old, set()).discard(edit_id)
             if old in self._slots:
-                self._active[self._slots[old]] = not self._replaced_by[old]
+                self._active[self._slots[old]] = not self._replaced_by.get(old)
         self._refresh(self._replaced_by.get(edit_id, ()))
         return edit
 
     def _grow(self, capacity: int) -> None:
-        for name in (*self.TENSORS, "active"):
-            old = getattr(self, f"_{name}")
-            new = old.new_empty(capacity, *old.shape[1:])  # not zeros: the system backs memory when it is first written
-            new[:len(old)] = old
-            setattr(self, f"_{name}", new)
+        buffers = {f"_{name}": getattr(self, f"_{name}") for name in (*self.TENSORS, "active")}
+        # Not zeros: the system backs memory when it is first written. All of it is there before anything changes.
+        grown = {name: old.new_empty(capacity, *old.shape[1:]) for name, old in buffers.items()}
+        for name, new in grown.items():
+            new[:len(self.edits)] = buffers.pop(name)[:len(self.edits)]
+            setattr(self, name, new)
 
     def bytes_per_edit(self) -> int:
         return sum(math.prod(self.shapes[name]) * dtype.itemsize for name, dtype in self.dtypes.items())
@@ -471,6 +473,7 @@ class LiveEdit(nn.Module):
         self._routes = weakref.WeakKeyDictionary()  # KV cache of a prefill -> its call
         self._thread = _ThreadState()
         self._lock = threading.RLock()  # held while experts are read or changed
+        self._seen_saves: dict[Path, str] = {}  # the config file of each folder that was saved to or loaded from, as it was then
         self.to(device_of(layers[config.layer]))
         self.attach()
 
@@ -512,19 +515,18 @@ class LiveEdit(nn.Module):
             self._handles.pop().remove()
         while self._frozen:
             self._frozen.pop().requires_grad_(True)
-        self._thread = _ThreadState()
+        self._thread.call = self._thread.uncached = self._thread.embedded = None
         self._routes.clear()
         return self.model
 
     @contextlib.contextmanager
     def disabled(self):
         """Inside, and in this thread, the model is the original, exactly. The hooks stay in their places among those of others."""
-        thread = self._thread  # `detach` replaces it
-        thread.disabled += 1
+        self._thread.disabled += 1
         try:
             yield self.model
         finally:
-            thread.disabled -= 1
+            self._thread.disabled -= 1
 
     def _before_model(self, model, args, kwargs):
         self._begin(dict(zip(self._arguments[model], args)) | kwargs)
@@ -590,7 +592,7 @@ class LiveEdit(nn.Module):
         if call is not None and (forgotten := self._forgotten(call)):
             raise RuntimeError(f"this KV cache was filled with edit {forgotten[0]}, which was forgotten since; prefill the whole prompt again")
         if not len(self.experts):  # nothing to refuse
-            return replace(call or _Call(None), ids=ids, masks=None, used=False)
+            return replace(call or _Call(None, with_image=True), ids=ids, masks=None, used=False)
         if call is None:
             raise RuntimeError("this KV cache was not filled by a prefill with the edits attached; prefill the whole prompt again")
         if ids is None or (ids.shape[1] > 1 and (call.with_image or bool((ids == self.model.config.image_token_id).any()))):
@@ -801,6 +803,8 @@ class LiveEdit(nn.Module):
                 self.model(**{key: value for key, value in inputs.items() if key != "labels"}, use_cache=False)
         finally:
             self._thread.captured = None
+        if not seen:
+            raise RuntimeError(f"{type(self.model).__name__} did not reach the edit layer, or the editor was detached meanwhile")
         place = seen["hidden"].device
         return States(seen["hidden"], RowMasks(*(m.to(place) for m in masks)), labels.to(place), seen["args"], seen["kwargs"])
 
@@ -885,12 +889,14 @@ class LiveEdit(nn.Module):
 
     def _add(self, edits: list[Edit], tensors: dict[str, Tensor]) -> None:
         """All or nothing: add experts, each replacing the older ones of the same fact."""
-        self.experts.add(tensors, edits)
+        present = [edit.id for edit in edits if edit.id in self.experts]  # a mistake of the caller's, which `add` refuses
         try:
+            self.experts.add(tensors, edits)
             self._replace_same_facts(edits)
         except BaseException:
             for edit in edits:
-                self.experts.remove(edit.id)
+                if edit.id in self.experts and edit.id not in present:
+                    self.experts.remove(edit.id)
             raise
 
     @torch.no_grad()
@@ -960,6 +966,8 @@ class LiveEdit(nn.Module):
         states: n rows with images; role (n,) one of EDIT, GENERALITY, LOCALITY, HARD_LOCALITY; owner (n,) the row's edit, 0 to B-1, and the
         B rows of role EDIT stand in the order of their owners. text_locality: prompt rows of text-only questions, for Eq. (16).
         """
+        if len(self.experts) and torch.is_grad_enabled():
+            raise RuntimeError(f"{len(self.experts)} edits belong to the networks as they are; forget them with reset() before you train on")
         batch = int((role == EDIT).sum())
         if batch < 2 or not torch.equal(owner[role == EDIT], torch.arange(batch, device=owner.device)):
             raise ValueError(f"a batch needs at least two edits (Eq. 15 takes another edit as negative), in the order of their owners; got {batch}")
@@ -1016,7 +1024,12 @@ class LiveEdit(nn.Module):
         return json.loads(json.dumps({
             "model_type": config.model_type, "text_model_type": text.model_type, "hidden_size": text.hidden_size, "layers": len(self._layers),
             "heads": text.num_attention_heads, "vocabulary": text.vocab_size, "image_token_id": config.image_token_id,
-            "image_size": getattr(vision, "image_size", None), "patch_size": getattr(vision, "patch_size", None)}))
+            "image_size": getattr(vision, "image_size", None), "patch_size": getattr(vision, "patch_size", None), "embeddings": self._some_embeddings()}))
+
+    def _some_embeddings(self) -> list[float] | None:
+        """A few weights of the model, to tell it from another one of its shape; None where they are kept elsewhere."""
+        weight = self.model.get_input_embeddings().weight
+        return None if weight.is_meta else weight[::max(1, len(weight) // 16), 0][:16].float().tolist()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write editor and edits: `liveedit_config.json`, the networks in one file, the experts in others.
@@ -1024,12 +1037,15 @@ class LiveEdit(nn.Module):
         If the process is killed, the older or the newer save is whole: the config file names the others and is replaced last. Into a folder that holds
         the same editor only new edits are written, as one file more, which takes in the last files while these are less than twice its size: so
         there are about log2 N files, and an edit is written again as often at most. What another editor saved there is replaced. Files that stay are
-        not read again. One process writes to a folder at a time. Raises ValueError if a weight is not finite.
+        not read again. One process uses a folder at a time. Raises ValueError if a weight is not finite, and RuntimeError if the folder is not as this
+        editor left or loaded it.
         """
-        folder = Path(folder)
+        folder = Path(folder).resolve()
         self._check_weights()
         folder.mkdir(parents=True, exist_ok=True)
         with self._lock:
+            if folder in self._seen_saves and (folder / CONFIG_FILE).is_file() and (folder / CONFIG_FILE).read_text() != self._seen_saves[folder]:
+                raise RuntimeError(f"{folder} was changed since this editor was loaded from or saved to it; load it, or save elsewhere")
             networks, editor = self._networks(), self.editor_digest()
             parts = self._kept_parts(folder, editor)
             new = self._edits_to_write(parts)
@@ -1044,8 +1060,10 @@ class LiveEdit(nn.Module):
             content = {"config": asdict(self.config), "backbone": self.fingerprint(), "trained_steps": self.trained_steps, "editor": editor,
                        "networks": network_file, "experts": list(parts), "next_id": self.experts.next_id,
                        "forgotten": [i for ids in parts.values() for i in ids if i not in self.experts]}
+            self._seen_saves.pop(folder, None)
             with _replacing(folder / CONFIG_FILE) as draft:
                 draft.write_text(json.dumps(content, indent=2))
+            self._seen_saves[folder] = (folder / CONFIG_FILE).read_text()
             for file in folder.iterdir():  # of older saves, or of some that were broken off
                 if OWN_FILE.fullmatch(file.name.removesuffix(".new")) and file.name not in (network_file, *parts):
                     file.unlink(missing_ok=True)
@@ -1092,6 +1110,8 @@ class LiveEdit(nn.Module):
     def _part(self, edits: list[Edit], editor: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata of a file of experts."""
         slots = [self.experts.slot(edit.id) for edit in edits]
+        if slots and slots == list(range(slots[0], slots[0] + len(slots))):
+            slots = slice(slots[0], slots[0] + len(slots))  # no copy
         tensors = {name: getattr(self.experts, name)[slots].cpu().contiguous() for name in ExpertRepository.TENSORS}
         # The records as a tensor: safetensors reads no more than 100 MB of metadata.
         tensors["edits"] = torch.frombuffer(bytearray(json.dumps([_lasting(edit) for edit in edits]).encode()), dtype=torch.uint8)
@@ -1120,13 +1140,16 @@ class LiveEdit(nn.Module):
         editor = cls(model, processor, replace(config, **changes))
         try:
             editor._load(Path(folder), content)
+            editor._seen_saves[Path(folder).resolve()] = path.read_text()
         except BaseException:
             editor.detach()
             raise
         return editor
 
     def _load(self, folder: Path, content: dict) -> None:
-        saved, here = content["backbone"], self.fingerprint()
+        saved, here = dict(content["backbone"]), self.fingerprint()
+        alike = None in (saved.get("embeddings"), here["embeddings"]) or _close(saved["embeddings"], here["embeddings"])
+        saved["embeddings"], here["embeddings"] = "as here" if alike else "of another model", "as here"
         if saved != here:
             differing = ", ".join(f"{key} {saved.get(key)} (here {here.get(key)})" for key in here | saved if saved.get(key) != here.get(key))
             raise ValueError(f"the editor in {folder} was trained on another backbone: {differing}")
@@ -1144,6 +1167,8 @@ class LiveEdit(nn.Module):
                 self.experts.add(tensors, edits)
             for edit_id in content["forgotten"]:
                 self.experts.remove(edit_id)
+        except (PermissionError, torch.OutOfMemoryError):
+            raise
         except DAMAGE as error:
             raise ValueError(f"the saved editor in {folder} is damaged: {' '.join(str(error).split())}") from error
         self.trained_steps, self.experts.next_id = content["trained_steps"], max(self.experts.next_id, content["next_id"])
@@ -1187,6 +1212,11 @@ def explanation_table(kept: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def _close(some: list, others: list) -> bool:
+    """Are these the same weights, in whatever precision?"""
+    return isinstance(some, list) and len(some) == len(others) and all(is_finite_number(a) and abs(a - b) <= 0.01 * abs(b) + 1e-6 for a, b in zip(some, others))
+
+
 def _lasting(edit: Edit) -> dict:
     """What is written of an edit: all that later edits and forgetting cannot change."""
     return {name: getattr(edit, name) for name in ("id", "prompt", "target", "image_digest", "time", "replaces")}
@@ -1204,15 +1234,22 @@ def _digest(tensors: dict[str, Tensor], more: str = "") -> str:
 def _replacing(file: Path):
     """Write a file whole or not at all: gives the path of a draft, which takes the file's place at the end."""
     draft = file.with_name(file.name + ".new")
-    yield draft
-    with open(draft, "r+b") as opened:
-        os.fsync(opened.fileno())  # on disk before anything names it
-    os.replace(draft, file)
+    try:
+        yield draft
+        with open(draft, "r+b") as opened:
+            os.fsync(opened.fileno())  # on disk before anything names it
+        os.replace(draft, file)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def _write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     with _replacing(file) as draft:
+        draft.touch()
+        mode = draft.stat().st_mode  # what the user's umask gives; safetensors makes files that only their owner can read
         save_file(tensors, draft, metadata=metadata)
+        draft.chmod(mode)
 
 
 def _is_intact(file: Path, tensors: dict[str, Tensor]) -> bool:

@@ -177,7 +177,7 @@ class Router(nn.Module):
         for block in new.split(128):
             similarity = self.visual_similarity(stored.visual_queries[block].to(dtype), stored.visual_keys)
             there = logits(similarity, stored.sentinels[block, None])
-            for index, row in zip(block.tolist(), there):  # one by one: memory stays small even if all experts are near
+            for index, row in zip(block.tolist(), there):  # one by one: so only the near experts of one edit are gathered at a time
                 near = (row > -SAME_FACT_SLACK).nonzero().flatten()
                 back = logits(self.paired_similarity(stored.visual_queries[near].to(dtype), stored.visual_keys[index]), stored.sentinels[near])
                 text = text_similarity(stored.text_queries[index][None].to(dtype), stored.text_keys[near].to(dtype))[0]

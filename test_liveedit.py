@@ -562,10 +562,11 @@ def test_experts_that_arrive_are_judged_by_the_router_too(base, tmp_path):
     assert any(replaced for _, replaced in expected[4:])
 
 
-def test_an_edit_that_fails_while_replacing_is_not_made(editor, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_an_edit_that_fails_while_replacing_is_not_made(editor, monkeypatch, late):
     edits = editor.edit_many(questions(3))
     def interrupted(edit, older):
-        if edit.id == 5 and older:
+        if edit.id == 5 and bool(older) == late:
             raise KeyboardInterrupt
         return replace(edit, older)
 
@@ -939,16 +940,56 @@ def test_a_file_that_was_written_by_half_is_no_obstacle(base, tmp_path, monkeypa
 def test_saving_deletes_nothing_that_a_foreign_config_names(base, tmp_path):
     editor = strong_editor(*base)
     editor.save_pretrained(tmp_path / "editor")
-    (tmp_path / "editor" / "experts-0123456789abcdef.safetensors").write_text("of a save that was broken off")
+    for ending in ("", ".new"):
+        (tmp_path / "editor" / f"experts-0123456789abcdef.safetensors{ending}").write_text("of a save that was broken off")
     for name in ("../mine.safetensors", "mine.safetensors", "mine.safetensors.new"):
         (tmp_path / "editor" / name).write_text("mine")
         content = json.loads((tmp_path / "editor" / CONFIG_FILE).read_text()) | {"experts": [name]}
         (tmp_path / "editor" / CONFIG_FILE).write_text(json.dumps(content))
         editor.norm.weight.data += 1
+        editor._seen_saves.clear()
         editor.save_pretrained(tmp_path / "editor")
         assert (tmp_path / "editor" / name).read_text() == "mine"
     assert sorted(file.name.split("-")[0] for file in (tmp_path / "editor").iterdir()) == [
         CONFIG_FILE, "mine.safetensors", "mine.safetensors.new", "networks"]
+
+
+def test_a_folder_that_someone_else_changed_is_not_overwritten(base, tmp_path):
+    first = strong_editor(*base)
+    first.edit_many(questions(2))
+    first.save_pretrained(tmp_path)
+    first.detach()
+    second = LiveEdit.from_pretrained(*base, tmp_path)
+    late = second.edit(*questions(1, 5)[0])
+    second.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="was changed since"):
+        first.save_pretrained(tmp_path)
+    first.save_pretrained(tmp_path / "elsewhere")
+    second.save_pretrained(tmp_path)
+    second.detach()
+    third = LiveEdit.from_pretrained(*base, tmp_path)
+    assert third.edits()[-1] == late
+    (tmp_path / "x").touch()
+    assert {file.stat().st_mode for file in tmp_path.iterdir() if file.is_file()} == {(tmp_path / "x").stat().st_mode}
+
+
+def test_a_store_that_cannot_grow_stays_as_it_is(editor, monkeypatch):
+    editor.edit_many(questions(2))
+    grow, edits = torch.Tensor.new_empty, editor.edits()
+    sizes = itertools.count()
+
+    def no_memory(tensor, *size, **more):
+        if size[0] > 20 and next(sizes) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return grow(tensor, *size, **more)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        editor.edit_many(questions(30))
+    monkeypatch.undo()
+    assert editor.edits() == edits
+    editor.edit_many(questions(30))
+    assert len(editor.experts) == 32
 
 
 def test_a_save_heals_damaged_networks(base, tmp_path):
@@ -1314,7 +1355,8 @@ HOSTILE = [
         {"sentinel_tokens": 5}, {"layer": 2}, {"gain": 1.0}, {"prompt_style": "official"})]),
     ("from_pretrained settings", "damaged", [config(lambda c: c["config"].update(heads=4))]),
     *((f"from_pretrained backbone {key}", key, [config(lambda c, key=key: c["backbone"].update({key: 7}))])
-      for key in ("model_type", "hidden_size", "layers", "vocabulary", "image_token_id", "image_size")),
+      for key in ("model_type", "hidden_size", "layers", "vocabulary", "image_token_id", "image_size", "embeddings")),
+    ("from_pretrained another model", "embeddings", [config(lambda c, v=v: c["backbone"].update(embeddings=v)) for v in ([0.0] * 16, [None] * 16, "x", [])]),
     ("from_pretrained files", "damaged", [file_of(pattern, change) for pattern in ("networks-*", "experts-*") for change in (
         lambda b: b"", lambda b: b[:100], lambda b: b[:-100], lambda b: b"\xff" * 1000, lambda b: b + b"more", lambda b: b[:8] + b"!" + b[9:], lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:])]),
     ("from_pretrained networks", "damaged", [tensors_of("networks-*", change) for change in (
@@ -1327,7 +1369,8 @@ HOSTILE = [
     ("from_pretrained records", "damaged", [records(change) for change in (
         lambda r: {"id": 1}, lambda r: [1, 2], lambda r: [None, None], lambda r: r[:1], lambda r: r + r, lambda r: r[0].update(id=2), lambda r: r[0].update(id="1"),
         lambda r: r[0].update(prompt=None), lambda r: r[0].update(replaces=["1"]), lambda r: r[0].update(time="now"), lambda r: r[0].pop("target"),
-        lambda r: r[0].update(more=1), lambda r: r[0].update(replaces=None))]),
+        lambda r: r[0].update(more=1), lambda r: r[0].update(replaces=None), lambda r: r[0].update(replaces=[r[0]["id"]]),
+        lambda r: r[0].update(replaces=[99]))]),
     ("from_pretrained changes", "rank|threshold|same_fact", [
         lambda h, a=a: LiveEdit.from_pretrained(h.editor.model, None, h.saved, **a) for a in ({"rank": 8}, {"threshold": "low"}, {"same_fact": "some"})]),
     ("load_experts", "experts", [arrives(change) for change in (
@@ -1499,6 +1542,15 @@ def test_a_batch_without_locality_rows_has_no_locality_loss(base):
     losses = editor.training_losses(states, torch.tensor([EDIT, EDIT, GENERALITY, GENERALITY]), torch.tensor([0, 1, 0, 1]))
     losses["total"].backward()
     assert losses["locality"].item() == 0 and losses["reliability"].item() > 0
+
+
+def test_training_goes_on_without_edits_only(base):
+    editor = strong_editor(*base)
+    editor.edit_many(questions(1))
+    with pytest.raises(RuntimeError, match="reset"):
+        editor.training_losses(*training_batch(editor))
+    editor.reset()
+    editor.training_losses(*training_batch(editor))
 
 
 def test_a_batch_of_one_is_refused(base):
@@ -2039,8 +2091,10 @@ def test_a_model_placed_by_accelerate_is_edited_alike(base, tmp_path):
         editor = strong_editor(model, base[1])
         editor.edit_many(questions(2))
         inputs = editor.encode(picture(), QUESTIONS[0])
+        answers.append([logits_of(editor, inputs), model.generate(**inputs, max_new_tokens=4)])
+        editor.reset()
         torch.manual_seed(2)
-        answers.append((logits_of(editor, inputs), model.generate(**inputs, max_new_tokens=4), editor.training_losses(*training_batch(editor))["total"]))
+        answers[-1].append(editor.training_losses(*training_batch(editor))["total"])
     assert_close(answers[0][0], answers[1][0])
     assert_same(answers[0][1], answers[1][1])
     assert answers[0][2].item() == pytest.approx(answers[1][2].item(), rel=1e-4)
@@ -2056,6 +2110,7 @@ def test_a_backbone_in_bfloat16_keeps_its_dtype_and_the_editor_single_precision(
     edited = logits_of(editor, inputs)
     with editor.disabled():
         assert not torch.equal(logits_of(editor, inputs), edited)
+    editor.reset()
     losses = editor.training_losses(*training_batch(editor))
     losses["total"].backward()
     assert all(p.grad is None for p in model.parameters())
