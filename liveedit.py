@@ -89,6 +89,7 @@ def is_whole(value) -> bool:
 
 
 def is_finite_number(value) -> bool:
+    # Compared, since math.isfinite cannot take integers beyond the range of floats.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
@@ -1121,7 +1122,7 @@ class LiveEdit(nn.Module):
     def from_pretrained(cls, model: nn.Module, processor, folder: str | Path, **changes) -> "LiveEdit":
         """Load a saved editor with its edits and attach it. Raises FileNotFoundError or ValueError that says what does not fit.
 
-        changes: other values than the saved ones for the settings in CHANGEABLE.
+        changes: other values than the saved ones for the settings in CHANGEABLE; TypeError for others.
         """
         if wrong := [name for name in changes if name not in CHANGEABLE]:
             raise TypeError(f"{wrong[0]} of a trained editor cannot be changed; only {', '.join(CHANGEABLE)} can")
@@ -1154,10 +1155,8 @@ class LiveEdit(nn.Module):
             differing = ", ".join(f"{key} {saved.get(key)} (here {here.get(key)})" for key in here | saved if saved.get(key) != here.get(key))
             raise ValueError(f"the editor in {folder} was trained on another backbone: {differing}")
         try:
-            networks = load_file(folder / content["networks"])
-            if wrong := [name for name, values in networks.items() if not values.isfinite().all()]:
-                raise ValueError(f"{wrong[0]} has numbers that are not finite")
-            self.load_state_dict(networks)
+            self.load_state_dict(load_file(folder / content["networks"]))
+            self._check_weights()
             if self.editor_digest() != content["editor"]:
                 raise ValueError(f"{CONFIG_FILE} and {content['networks']} are not as they were saved together")
             for part in content["experts"]:
@@ -1174,7 +1173,7 @@ class LiveEdit(nn.Module):
         self.trained_steps, self.experts.next_id = content["trained_steps"], max(self.experts.next_id, content["next_id"])
 
     def save_experts(self, file: str | Path) -> None:
-        """The experts alone, for someone who has the same editor."""
+        """The experts alone, for someone who has the same editor. Raises OSError where the file cannot be written."""
         file = Path(file)
         if file.is_dir():
             raise IsADirectoryError(f"{file} is a folder; save_experts writes one file")
@@ -1214,7 +1213,8 @@ def explanation_table(kept: list[dict]) -> str:
 
 def _close(some: list, others: list) -> bool:
     """Are these the same weights, in whatever precision?"""
-    return isinstance(some, list) and len(some) == len(others) and all(is_finite_number(a) and abs(a - b) <= 0.01 * abs(b) + 1e-6 for a, b in zip(some, others))
+    return isinstance(some, list) and len(some) == len(others) and all(
+        is_finite_number(a) and math.isclose(a, b, rel_tol=0.01, abs_tol=1e-6) for a, b in zip(some, others))
 
 
 def _lasting(edit: Edit) -> dict:
@@ -1223,6 +1223,7 @@ def _lasting(edit: Edit) -> dict:
 
 
 def _digest(tensors: dict[str, Tensor], more: str = "") -> str:
+    """Of names and numbers of tensors on the CPU, and of a text."""
     digest = hashlib.sha256(more.encode())
     for key in sorted(tensors):
         digest.update(key.encode())

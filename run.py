@@ -708,7 +708,10 @@ def main(arguments: list[str] | None = None) -> None:
         editor.save_pretrained(options.out / "editor")
         (options.out / CHECKPOINT_FILE).unlink(missing_ok=True)
     rows, predictions, cost = evaluate(editor, stream, options)
-    editor.save_pretrained(options.out / "editor")
+    try:
+        editor.save_pretrained(options.out / "editor")
+    except (OSError, RuntimeError) as error:  # the results are not lost with it
+        print(f"run.py: the edits were not saved: {error}", file=sys.stderr)
     updates = evaluate_updates(editor, stream, options) if options.data is None and len(stream) >= 5 else None
     with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions)

@@ -746,6 +746,22 @@ def test_saved_and_loaded_editors_answer_identically(base, tmp_path):
     loaded.detach()
 
 
+def test_settings_that_training_does_not_depend_on_may_change_when_loading(base, tmp_path):
+    editor = strong_editor(*base)
+    editor.edit_many(questions(3))
+    edits, inputs = editor.edits(), editor.encode(picture(), QUESTIONS[0])
+    editor.save_pretrained(tmp_path)
+    assert len(editor.explain(inputs)[0]) == 3
+    editor.detach()
+    loaded = LiveEdit.from_pretrained(*base, tmp_path, threshold=1.0, same_fact="router", expert_dtype="float32")
+    assert loaded.edits() == edits and loaded.experts.U.dtype == torch.float32 and loaded.explain(inputs) == [[]]
+    assert torch.equal(loaded.experts.U, editor.experts.U.float())
+    loaded.detach()
+    options, *_, reached, _ = run.prepare(run.Options(editor=tmp_path, edits=5, out=tmp_path / "out", threshold=0.5, same_fact="router", expert_dtype="float32"))
+    reached.detach()
+    assert (reached.config.threshold, reached.config.same_fact, reached.config.expert_dtype) == (0.5, "router", "float32")
+
+
 def test_a_second_save_writes_the_new_edits_only_and_forgetting_none(base, tmp_path):
     model, processor = base
     editor = strong_editor(model, processor)
@@ -1240,12 +1256,12 @@ def closed_picture(h) -> Image.Image:
         return image
 
 
-def foreign_processor_words(h):
-    """A tokenizer that drops a character has no token for it."""
-    backend, usual = h.editor.processor.tokenizer.backend_tokenizer, h.editor.processor.tokenizer.backend_tokenizer.normalizer
-    backend.normalizer, backend.pre_tokenizer = tokenizers.normalizers.Replace(tokenizers.Regex(".*"), ""), backend.pre_tokenizer
+def target_without_tokens(h):
+    """To a tokenizer that drops a letter."""
+    backend = h.editor.processor.tokenizer.backend_tokenizer
+    usual, backend.normalizer = backend.normalizer, tokenizers.normalizers.Replace(tokenizers.Regex("[ z]"), "")
     try:
-        h.editor.edit(picture(), "What shape is this?", "heart")
+        h.editor.edit(picture(), "What shape is this?", "zzz")
     finally:
         backend.normalizer = usual
 
@@ -1297,7 +1313,7 @@ HOSTILE = [
     ("edit odd targets", None, [edits_like(picture(), target=target) for target in ("\0", ".", "</s>", "🙂", "漢字", "-100", "heart\nheart", "a " * 100)]),
     ("edit target", "target", [lambda h, v=v: h.editor.edit(picture(), "What?", v) for v in NO_TEXTS]),
     ("edit target", "image token", [lambda h, v=v: h.editor.edit(picture(), "What?", v) for v in ("<image>", "a <image>")]),
-    ("edit target without tokens", "target|prompt", [foreign_processor_words]),
+    ("edit target without tokens", "target 'zzz' has no token", [target_without_tokens]),
     ("encode target", "target", [lambda h, v=v: h.editor.encode([picture()], ["What?"], [v]) for v in NO_TEXTS]),
     ("encode lists", "lists of them|images and", [lambda h, a=a: h.editor.encode(*a) for a in (
         ([picture()], ["a", "b"]), ([], []), (picture(), ["a"]), ([picture()], ("a", "b")), (None, None), ([picture()], ["a"], []), ([picture()], ["a"], "x"),
@@ -1356,6 +1372,7 @@ HOSTILE = [
     ("from_pretrained settings", "damaged", [config(lambda c: c["config"].update(heads=4))]),
     *((f"from_pretrained backbone {key}", key, [config(lambda c, key=key: c["backbone"].update({key: 7}))])
       for key in ("model_type", "hidden_size", "layers", "vocabulary", "image_token_id", "image_size", "embeddings")),
+    ("from_pretrained, weights of the model not known", None, [config(lambda c: c["backbone"].update(embeddings=None))]),
     ("from_pretrained another model", "embeddings", [config(lambda c, v=v: c["backbone"].update(embeddings=v)) for v in ([0.0] * 16, [None] * 16, "x", [])]),
     ("from_pretrained files", "damaged", [file_of(pattern, change) for pattern in ("networks-*", "experts-*") for change in (
         lambda b: b"", lambda b: b[:100], lambda b: b[:-100], lambda b: b"\xff" * 1000, lambda b: b + b"more", lambda b: b[:8] + b"!" + b[9:], lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:])]),
@@ -1837,6 +1854,16 @@ def test_the_main_job_runs_on_benchmark_files(tmp_path, capsys):
     assert 'no "eval" in its name' in refusal(capsys, "--data", str(folder / "mine.json"))
 
 
+def test_results_are_kept_where_the_edits_cannot_be_saved(small_run, tmp_path, monkeypatch, capsys):
+    def full(editor, folder):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(LiveEdit, "save_pretrained", full)
+    run.main(["--edits", "5", "--editor", str(small_run / "editor"), "--out", str(tmp_path)])
+    assert "the edits were not saved: no space left" in capsys.readouterr().err
+    assert json.loads((tmp_path / "metrics.json").read_text())["rows"][-1]["edits"] == 5
+
+
 def test_every_other_option_reaches_the_editor(tmp_path):
     result = command("--edits", "5", "--train-steps", "3", "--train-samples", "20", "--batch-size", "4", "--similarity", "dot", "--threshold", "0.5",
                      "--layer", "5", "--eval-batch-size", "7", "--same-fact", "exact", "--expert-dtype", "float32", "--dtype", "bfloat16", "--device", "cpu", "--seed", "3", "--out", str(tmp_path))
@@ -2100,7 +2127,7 @@ def test_a_model_placed_by_accelerate_is_edited_alike(base, tmp_path):
     assert answers[0][2].item() == pytest.approx(answers[1][2].item(), rel=1e-4)
 
 
-def test_a_backbone_in_bfloat16_keeps_its_dtype_and_the_editor_single_precision():
+def test_a_backbone_in_bfloat16_keeps_its_dtype_and_the_editor_single_precision(base, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.bfloat16).eval()
     editor = strong_editor(model, AutoProcessor.from_pretrained(TINY))
     editor.edit_many(questions(2))
@@ -2114,6 +2141,8 @@ def test_a_backbone_in_bfloat16_keeps_its_dtype_and_the_editor_single_precision(
     losses = editor.training_losses(*training_batch(editor))
     losses["total"].backward()
     assert all(p.grad is None for p in model.parameters())
+    editor.save_pretrained(tmp_path)
+    LiveEdit.from_pretrained(*base, tmp_path)  # the same model in single precision
 
 
 # ------------------------------------------------------------------------------------------------ the tiny LLaVA
