@@ -1,16 +1,16 @@
-"""What an edit sample is, and where samples come from: a drawn world with no downloads, or the field's benchmark files.
+"""What an edit sample is, and where samples come from: a drawn world, or benchmark files.
 
 One edit sample of the drawn world, shortened:
 
     kind "corrections"
-    queries["reliability"]       <a red star on blue>         "What shape is this?"           -> "heart"   (the edit)
-    queries["text_generality"]   <the same picture>           "Which shape can you see here?" -> "heart"
-    queries["modal_generality"]  <a red star on blue, anew>   "What shape is this?"           -> "heart"
-    queries["text_locality"]     no picture                   "What is 3 plus 4?"             as before
-    queries["modal_locality"]    <a gray ring on pink>        "Name the color of the shape."  as before
-    queries["same_image"]        <the same picture>           "What color is the shape?"      as before
-    queries["similar_image"]     <a red star on green>        "What shape is this?"           as before
-    queries["no_image"]          no picture                   "What shape is this?"           as before
+    queries["reliability"]       <a red star on blue>         "What shape is this?"   -> "heart"
+    queries["text_generality"]   <the same picture>           "Which shape is shown?" -> "heart"
+    queries["modal_generality"]  <a red star on blue, anew>   "What shape is this?"   -> "heart"
+    queries["text_locality"]     no picture                   "What is 3 plus 4?"     as before
+    queries["modal_locality"]    <a gray ring on pink>        "Which color is it?"    as before
+    queries["same_image"]        <the same picture>           "What color is it?"     as before
+    queries["similar_image"]     <a red star on green>        "What shape is this?"   as before
+    queries["no_image"]          no picture                   "What shape is this?"   as before
 
 The last three are hard locality. This module knows neither editors nor models.
 """
@@ -18,21 +18,19 @@ The last three are hard locality. This module knows neither editors nor models.
 import json
 import math
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-QUERY_NAMES = ("reliability", "text_generality", "modal_generality", "text_locality", "modal_locality",
-               "same_image", "similar_image", "no_image")
-GENERALITY = QUERY_NAMES[1:3]
-LOCALITY = QUERY_NAMES[3:]
-PORTABILITY = "portability"  # beside them in samples of VLKEB's one-hop file: a question whose answer follows from the new fact
-KINDS = ("corrections", "novel_names", "captions")
-
-
-# ------------------------------------------------------------------------------------------------ samples
+MAIN_QUERIES = "reliability text_generality modal_generality text_locality modal_locality".split()
+QUERY_NAMES = (*MAIN_QUERIES, "same_image", "similar_image", "no_image")
+GENERALITY_QUERIES = QUERY_NAMES[1:3]
+LOCALITY_QUERIES = QUERY_NAMES[3:]
+PICTURED_LOCALITY_QUERIES = ("modal_locality", "same_image", "similar_image")
+PORTABILITY = "portability"  # VLKEB's one-hop file: a question that follows from the new fact
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,17 @@ class ImageFile:
     path: Path
 
     def open(self) -> Image.Image:
+        """Read the picture."""
         with Image.open(self.path) as image:
             return image.convert("RGB")
 
 
 @dataclass(frozen=True)
 class Query:
-    """One question. `target` is the expected answer; for locality it is the answer that the metric is read on.
+    """One question with its answer; for locality, the answer that the metric is read on.
 
-    `fact` names what is asked of what: an edit of a fact changes the answer of every query with that fact and of no other.
+    `fact` names what is asked of what: an edit of a fact changes the answer of every query with
+    that fact and of no other.
     """
 
     image: "Drawing | ImageFile | None"
@@ -61,72 +61,84 @@ class Query:
 
 @dataclass(frozen=True)
 class EditSample:
-    """One edit (`queries["reliability"]`) with the queries that test it; `queries` may lack hard-locality names."""
+    """One edit (`queries["reliability"]`) with the queries that test it."""
 
     kind: str
-    queries: dict[str, Query] = field(hash=False)
+    queries: dict[str, Query] = field(hash=False)  # hard locality may be missing
 
     @property
     def edit(self) -> Query:
+        """The query whose answer is edited."""
         return self.queries["reliability"]
 
     def untouched_facts(self) -> set[tuple]:
         """The facts that no edit of the same stream or batch may change."""
-        return {self.queries[name].fact for name in LOCALITY if name in self.queries}
+        return {self.queries[name].fact for name in LOCALITY_QUERIES if name in self.queries}
 
 
-# ------------------------------------------------------------------------------------------------ the drawn world
+# ------------------------------------------------------------------------------- the drawn world
 
+# fmt: off
 COLORS = {
-    "red": (220, 30, 35), "orange": (250, 140, 20), "yellow": (245, 225, 50), "green": (30, 150, 60),
-    "blue": (35, 70, 210), "purple": (125, 40, 150), "pink": (250, 165, 195), "brown": (115, 70, 35),
-    "black": (15, 15, 15), "white": (245, 245, 245), "gray": (135, 135, 135), "cyan": (60, 205, 225),
+    "red": (220, 30, 35), "orange": (250, 140, 20), "yellow": (245, 225, 50),
+    "green": (30, 150, 60), "blue": (35, 70, 210), "purple": (125, 40, 150),
+    "pink": (250, 165, 195), "brown": (115, 70, 35), "black": (15, 15, 15),
+    "white": (245, 245, 245), "gray": (135, 135, 135), "cyan": (60, 205, 225),
 }
-CANVAS = 96  # pixels; pictures are drawn at twice this size and averaged down, so that edges are smooth
+# fmt: on
+CANVAS = 96  # pixels; pictures are drawn at twice this size and averaged, for smooth edges
 
 
 def _regular(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
     """A regular polygon, or a star where every second corner lies at radius `inner`."""
     count = corners if inner == 1.0 else 2 * corners
-    radii = (1.0, inner)
-    return [(radii[i % 2] * math.sin(2 * math.pi * i / count), -radii[i % 2] * math.cos(2 * math.pi * i / count))
-            for i in range(count)]
+    points = []
+    for i in range(count):
+        radius, angle = (1.0, inner)[i % 2], 2 * math.pi * i / count
+        points.append((radius * math.sin(angle), -radius * math.cos(angle)))
+    return points
 
 
-def _arc(radius: float, start: float, end: float, center: tuple[float, float] = (0.0, 0.0)) -> list[tuple[float, float]]:
-    """Points on a circle from angle `start` to `end` in degrees."""
+def _arc(radius: float, start: float, end: float, x: float = 0.0) -> list[tuple[float, float]]:
+    """Points on a circle around (x, 0), from angle `start` to `end` in degrees."""
     steps = [math.radians(start + (end - start) * i / 40) for i in range(41)]
-    return [(center[0] + radius * math.cos(a), center[1] + radius * math.sin(a)) for a in steps]
+    return [(x + radius * math.cos(a), 0.0 + radius * math.sin(a)) for a in steps]
 
 
 def _heart() -> list[tuple[float, float]]:
-    steps = [2 * math.pi * i / 60 for i in range(60)]
-    return [(math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16)
-            for t in steps]
+    points = []
+    for t in (2 * math.pi * i / 60 for i in range(60)):
+        y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+        points.append((math.sin(t) ** 3, -y / 16))
+    return points
 
 
 def _fit(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Scale an outline so that its farthest point lies on the unit circle: then no turn can move it out of the canvas."""
+    """Scale an outline into the unit circle: then no turn can move it out of the canvas."""
     reach = max(math.hypot(x, y) for x, y in points)
     return [(x / reach, y / reach) for x, y in points]
 
 
-# Outlines as polygons in the unit circle, before turning and scaling.
-SHAPES = {name: _fit(points) for name, points in {
-    "circle": _arc(0.9, 0, 360),
-    "square": [(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)],
-    "triangle": _regular(3),
-    "star": _regular(5, 0.42),
-    "heart": _heart(),
-    "cross": [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
-              (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
-    "crescent": _arc(1.0, 50, 310) + _arc(0.78, 282, 78, (0.45, 0.0)),
-    "ring": _arc(0.95, 0, 360) + _arc(0.5, 360, 0),
-    "arrow": [(0, -1), (0.8, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1), (-0.8, -0.1)],
-    "hourglass": [(-0.8, -1), (0.8, -1), (0.12, 0), (0.8, 1), (-0.8, 1), (-0.12, 0)],
-    "bar": [(-0.3, -1), (0.3, -1), (0.3, 1), (-0.3, 1)],
-    "stairs": [(-0.9, -0.9), (-0.3, -0.9), (-0.3, -0.3), (0.3, -0.3), (0.3, 0.3), (0.9, 0.3), (0.9, 0.9), (-0.9, 0.9)],
-}.items()}
+# Outlines before turning and scaling.
+# fmt: off
+SHAPES = {
+    "circle": _fit(_arc(0.9, 0, 360)),
+    "square": _fit([(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)]),
+    "triangle": _fit(_regular(3)),
+    "star": _fit(_regular(5, 0.42)),
+    "heart": _fit(_heart()),
+    "cross": _fit([(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
+                   (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)]),
+    "crescent": _fit(_arc(1.0, 50, 310) + _arc(0.78, 282, 78, 0.45)),
+    "ring": _fit(_arc(0.95, 0, 360) + _arc(0.5, 360, 0)),
+    "arrow": _fit([(0, -1), (0.8, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1),
+                   (-0.8, -0.1)]),
+    "hourglass": _fit([(-0.8, -1), (0.8, -1), (0.12, 0), (0.8, 1), (-0.8, 1), (-0.12, 0)]),
+    "bar": _fit([(-0.3, -1), (0.3, -1), (0.3, 1), (-0.3, 1)]),
+    "stairs": _fit([(-0.9, -0.9), (-0.3, -0.9), (-0.3, -0.3), (0.3, -0.3), (0.3, 0.3),
+                    (0.9, 0.3), (0.9, 0.9), (-0.9, 0.9)]),
+}
+# fmt: on
 
 
 @dataclass(frozen=True, order=True)
@@ -139,10 +151,14 @@ class Scene:
 
     def answer(self, family: str) -> str:
         """The true answer to a question of one family."""
-        return f"a {self.color} {self.shape} on a {self.background} background" if family == "caption" else getattr(self, family)
+        if family == "caption":
+            return f"a {self.color} {self.shape} on a {self.background} background"
+        return getattr(self, family)
 
     def differences(self, other: "Scene") -> int:
-        return (self.shape != other.shape) + (self.color != other.color) + (self.background != other.background)
+        """In how many attributes two scenes differ."""
+        attributes = ("shape", "color", "background")
+        return sum(getattr(self, name) != getattr(other, name) for name in attributes)
 
 
 @dataclass(frozen=True)
@@ -153,175 +169,213 @@ class Drawing:
     seed: int
 
     def open(self) -> Image.Image:
-        rng = random.Random(f"{self.scene.shape} {self.scene.color} {self.scene.background} {self.seed}")
-        shade = lambda name: tuple(min(255, max(0, c + rng.randint(-10, 10))) for c in COLORS[name])
-        side = 2 * CANVAS
-        image = Image.new("RGB", (side, side), shade(self.scene.background))
+        """Draw the picture."""
+        scene, side = self.scene, 2 * CANVAS
+        rng = random.Random(f"{scene.shape} {scene.color} {scene.background} {self.seed}")
+        image = Image.new("RGB", (side, side), _shade(scene.background, rng))
         radius = side * rng.uniform(0.28, 0.45)
         x, y = (rng.uniform(radius, side - radius) for _ in range(2))
         turn = rng.uniform(0, 2 * math.pi)
         cos, sin = radius * math.cos(turn), radius * math.sin(turn)
-        points = [(x + cos * px - sin * py, y + sin * px + cos * py) for px, py in SHAPES[self.scene.shape]]
-        ImageDraw.Draw(image).polygon(points, fill=shade(self.scene.color))
+        points = [(x + cos * a - sin * b, y + sin * a + cos * b) for a, b in SHAPES[scene.shape]]
+        ImageDraw.Draw(image).polygon(points, fill=_shade(scene.color, rng))
         return image.reduce(2)
+
+
+def _shade(color: str, rng: random.Random) -> tuple[int, ...]:
+    return tuple(min(255, max(0, part + rng.randint(-10, 10))) for part in COLORS[color])
 
 
 SCENES = [Scene(s, c, b) for s in SHAPES for c in COLORS for b in COLORS if c != b]
 FAMILIES = ("shape", "color", "background", "caption")
-
-# The last HELD_OUT phrasings of each family never occur in the editor's training: text generality is measured on them.
+# The last HELD_OUT phrasings of each family never occur in the editor's training: text generality
+# is measured on them.
 HELD_OUT = 4
-PHRASINGS = {
-    "shape": (
-        "What shape is this?", "Which shape is shown?", "What shape do you see?", "Name the shape in the picture.",
-        "What is the shape in this image?", "Which shape is in the picture?", "What figure is drawn here?",
-        "Tell me the shape.", "What shape has been drawn?", "Identify the shape.", "What form does the object have?",
-        "Which figure does the image show?", "What kind of shape is it?", "The picture shows one shape. Which one?",
-        "Can you name this shape?", "Say which shape is drawn.", "What is the name of the figure?",
-        "Look at the image. What shape is there?", "What do we call this shape?", "Give the shape of the object.",
-        "Which shape can you see here?", "What is this figure called?", "Please name the shape shown here.",
-        "What shape does the object have?"),
-    "color": (
-        "What color is the shape?", "Which color does the shape have?", "What is the color of the shape?",
-        "Name the color of the shape.", "What color is the figure?", "Which color is the object?",
-        "Tell me the color of the figure.", "In which color is the shape drawn?", "What color has the shape been given?",
-        "Identify the color of the shape.", "The shape has a color. Which one?", "What color does the figure have?",
-        "Can you name the color of the shape?", "Say the color of the object.", "What is the object's color?",
-        "Look at the shape. What color is it?", "Which color was used for the shape?", "Give the color of the shape.",
-        "What color do you see on the shape?", "How is the shape colored?",
-        "What is the color of the object?", "Which color does the figure have?", "Please name the color of the figure.",
-        "In what color is the figure drawn?"),
-    "background": (
-        "What color is the background?", "Which color does the background have?", "What is the color of the background?",
-        "Name the background color.", "What color is behind the shape?", "Which color is the background?",
-        "Tell me the background color.", "On which color is the shape drawn?", "What color surrounds the shape?",
-        "Identify the color of the background.", "The background has a color. Which one?", "What color lies around the figure?",
-        "Can you name the color behind the figure?", "Say the color of the background.", "What is the background's color?",
-        "Look behind the shape. What color is there?", "Which color was used for the background?",
-        "Give the color of the background.", "What color do you see around the shape?", "How is the background colored?",
-        "What is the color behind the object?", "Which background color can you see?",
-        "Please name the color of the background.", "What color is around the object?"),
-    "caption": (
-        "Describe the image.", "What does the picture show?", "Write a caption for the image.", "Describe what you see.",
-        "Give a caption.", "What is in the image?", "Describe this picture.", "Tell me what the image shows.",
-        "Caption this image.", "What can be seen in the picture?", "Give a short description of the image.",
-        "Put the picture into words.", "Summarize the image.", "What is this a picture of?",
-        "Write down what you see.", "Say what is in the picture.", "Describe the whole scene.",
-        "How would you describe the image?", "Write a sentence about the picture.", "What is going on in the image?",
-        "Give a description of the picture.", "Please describe this image.", "Tell me what you see in the picture.",
-        "What would be a caption for this picture?"),
+_PHRASINGS = {
+    "shape": """
+        What shape is this? | Which shape is shown? | What shape do you see? | Name the shape in the
+        picture. | What is the shape in this image? | Which shape is in the picture? | What figure
+        is drawn here? | Tell me the shape. | What shape has been drawn? | Identify the shape. |
+        What form does the object have? | Which figure does the image show? | What kind of shape is
+        it? | The picture shows one shape. Which one? | Can you name this shape? | Say which shape
+        is drawn. | What is the name of the figure? | Look at the image. What shape is there? | What
+        do we call this shape? | Give the shape of the object. | Which shape can you see here? |
+        What is this figure called? | Please name the shape shown here. | What shape does the object
+        have?""",
+    "color": """
+        What color is the shape? | Which color does the shape have? | What is the color of the
+        shape? | Name the color of the shape. | What color is the figure? | Which color is the
+        object? | Tell me the color of the figure. | In which color is the shape drawn? | What color
+        has the shape been given? | Identify the color of the shape. | The shape has a color. Which
+        one? | What color does the figure have? | Can you name the color of the shape? | Say the
+        color of the object. | What is the object's color? | Look at the shape. What color is it? |
+        Which color was used for the shape? | Give the color of the shape. | What color do you see
+        on the shape? | How is the shape colored? | What is the color of the object? | Which color
+        does the figure have? | Please name the color of the figure. | In what color is the figure
+        drawn?""",
+    "background": """
+        What color is the background? | Which color does the background have? | What is the color of
+        the background? | Name the background color. | What color is behind the shape? | Which color
+        is the background? | Tell me the background color. | On which color is the shape drawn? |
+        What color surrounds the shape? | Identify the color of the background. | The background has
+        a color. Which one? | What color lies around the figure? | Can you name the color behind the
+        figure? | Say the color of the background. | What is the background's color? | Look behind
+        the shape. What color is there? | Which color was used for the background? | Give the color
+        of the background. | What color do you see around the shape? | How is the background
+        colored? | What is the color behind the object? | Which background color can you see? |
+        Please name the color of the background. | What color is around the object?""",
+    "caption": """
+        Describe the image. | What does the picture show? | Write a caption for the image. |
+        Describe what you see. | Give a caption. | What is in the image? | Describe this picture. |
+        Tell me what the image shows. | Caption this image. | What can be seen in the picture? |
+        Give a short description of the image. | Put the picture into words. | Summarize the image.
+        | What is this a picture of? | Write down what you see. | Say what is in the picture. |
+        Describe the whole scene. | How would you describe the image? | Write a sentence about the
+        picture. | What is going on in the image? | Give a description of the picture. | Please
+        describe this image. | Tell me what you see in the picture. | What would be a caption for
+        this picture?""",
 }
-OPPOSITES = (("hot", "cold"), ("big", "small"), ("old", "young"), ("fast", "slow"), ("up", "down"), ("left", "right"),
-             ("open", "closed"), ("day", "night"), ("happy", "sad"), ("light", "dark"), ("early", "late"), ("full", "empty"))
+PHRASINGS = {
+    family: tuple(" ".join(phrase.split()) for phrase in text.split("|"))
+    for family, text in _PHRASINGS.items()
+}
+OPPOSITES = """hot cold, big small, old young, fast slow, up down, left right, open closed,
+    day night, happy sad, light dark, early late, full empty"""
+OPPOSITES = tuple(tuple(pair.split()) for pair in OPPOSITES.split(","))
 
 
 def text_questions() -> list[tuple[str, str, str]]:
-    """All text-only questions of the world as (family, question, answer): arithmetic and opposites."""
+    """All text-only questions of the world as (family, question, answer)."""
     questions = []
     for a in range(13):
         for b in range(13):
-            questions += [("arithmetic", form.format(a=a, b=b), str(a + b))
-                          for form in ("What is {a} plus {b}?", "How much is {a} plus {b}?", "Add {a} and {b}.")]
+            for form in ("What is {} plus {}?", "How much is {} plus {}?", "Add {} and {}."):
+                questions.append(("arithmetic", form.format(a, b), str(a + b)))
             if a >= b:
-                questions += [("arithmetic", form.format(a=a, b=b), str(a - b))
-                              for form in ("What is {a} minus {b}?", "How much is {a} minus {b}?", "Take {b} from {a}.")]
+                for form in (
+                    "What is {a} minus {b}?",
+                    "How much is {a} minus {b}?",
+                    "Take {b} from {a}.",
+                ):
+                    questions.append(("arithmetic", form.format(a=a, b=b), str(a - b)))
     for one, other in OPPOSITES:
         for word, answer in ((one, other), (other, one)):
-            questions += [("opposites", form.format(word), answer)
-                          for form in ("What is the opposite of {}?", "Name the opposite of {}.")]
+            for form in ("What is the opposite of {}?", "Name the opposite of {}."):
+                questions.append(("opposites", form.format(word), answer))
     return questions
+
+
+ONSETS = "b bl d dr f fl g gr j k kl l m n p pr r s sk t tr v w z".split()
+ENDINGS = ("", "b", "k", "l", "m", "n", "p", "r", "s", "t", "x")
 
 
 def novel_word(rng: random.Random) -> str:
     """A made-up word of two or three syllables: several tokens for any tokenizer."""
-    onsets = ("b", "bl", "d", "dr", "f", "fl", "g", "gr", "j", "k", "kl", "l", "m", "n", "p", "pr", "r", "s", "sk", "t", "tr", "v", "w", "z")
-    syllables = [rng.choice(onsets) + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3)))]
-    return "".join(syllables) + rng.choice(("", "b", "k", "l", "m", "n", "p", "r", "s", "t", "x"))
+    syllables = [rng.choice(ONSETS) + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3)))]
+    return "".join(syllables) + rng.choice(ENDINGS)
 
 
-# ------------------------------------------------------------------------------------------------ the drawn benchmark
+# --------------------------------------------------------------------------- the drawn benchmark
 
 EVAL_SHARE = 0.4  # of the scenes; the rest is for the editor's training
 
 
 def _neighbors(scene: Scene) -> list[Scene]:
     """All scenes that differ in one attribute."""
-    return ([replace(scene, shape=s) for s in SHAPES if s != scene.shape]
-            + [replace(scene, color=c) for c in COLORS if c not in (scene.color, scene.background)]
-            + [replace(scene, background=b) for b in COLORS if b not in (scene.color, scene.background)])
+    colors = [c for c in COLORS if c not in (scene.color, scene.background)]
+    shapes = [replace(scene, shape=s) for s in SHAPES if s != scene.shape]
+    backgrounds = [replace(scene, background=c) for c in colors]
+    return shapes + [replace(scene, color=c) for c in colors] + backgrounds
 
 
 def split_scenes() -> tuple[list[Scene], list[Scene]]:
-    """(training scenes, evaluation scenes): disjoint, and the same for every seed, so that editors and streams can be combined."""
+    """(training scenes, evaluation scenes), disjoint, the same for every seed."""
     scenes = random.Random("split").sample(SCENES, len(SCENES))
     cut = round(EVAL_SHARE * len(scenes))
     return scenes[cut:], scenes[:cut]
 
 
-def _pick(scenes: list[Scene], wanted, rng: random.Random) -> Scene:
-    """A random scene that is wanted; most are, or there is at least one."""
-    while not wanted(scene := rng.choice(scenes)):
-        pass
-    return scene
+def _pick(scenes: list[Scene], rng: random.Random, origin: Scene, least: int) -> Scene:
+    """A random scene that differs from another in `least` attributes or more; most do."""
+    while True:
+        scene = rng.choice(scenes)
+        if scene.differences(origin) >= least:
+            return scene
 
 
-def _edit_target(scene: Scene, family: str, scenes: list[Scene], rng: random.Random, novel_share: float) -> tuple[str, str]:
+def _edit_target(scene: Scene, family: str, scenes: list[Scene], rng, novel_share: float):
     """(kind, target) of an edit that is not true of the scene."""
     if family == "caption":
-        return "captions", _pick(scenes, lambda s: s.differences(scene) >= 2, rng).answer("caption")
+        return "captions", _pick(scenes, rng, scene, 2).answer("caption")
     if rng.random() < novel_share:
         return "novel_names", novel_word(rng)
     values = SHAPES if family == "shape" else COLORS
     return "corrections", rng.choice([v for v in values if v != scene.answer(family)])
 
 
-def drawn_samples(count: int, scenes: list[Scene], seed: str, held_out: bool, novel_share: float = 0.5) -> list[EditSample]:
-    """Edit samples about different facts of the scenes; no locality query asks for a fact that any of the samples edits.
+def drawn_samples(
+    count: int, scenes: list[Scene], seed: str, held_out: bool, novel_share: float = 0.5
+) -> list[EditSample]:
+    """Edit samples about different facts of the scenes.
 
-    held_out: text generality on the phrasings that training never uses, and locality on all phrasings; else training phrasings only.
+    No locality query asks for a fact that any of the samples edits. held_out: text generality on
+    the phrasings that training never uses, locality on all; else training phrasings only.
     novel_share: of the edits that are no captions, how many have a made-up name as target.
     Raises ValueError if the scenes have no room for so many edits.
     """
     rng = random.Random(seed)
     facts = [(scene, family) for scene in scenes for family in FAMILIES]
     rng.shuffle(facts)
-    edited_of = {scene: set() for scene in scenes}
+    free = {scene: list(FAMILIES) for scene in scenes}  # the questions that are not edited
     edits = []
     for scene, family in facts:
-        if len(edits) < count and len(edited_of[scene]) < len(FAMILIES) - 1:  # one question of each scene stays for locality
-            edited_of[scene].add(family)
+        if len(edits) < count and len(free[scene]) > 1:  # one of each scene stays for locality
+            free[scene].remove(family)
             edits.append((scene, family))
-    is_free = lambda scene, family: family not in edited_of[scene]
-    free_neighbors = [[s for s in _neighbors(scene) if s in edited_of and is_free(s, family)] for scene, family in edits]
-    if len(edits) < count or not all(free_neighbors):
-        raise ValueError(f"{len(scenes)} scenes of the drawn world have no room for {count} edits with their locality queries; "
-                         f"about {len(facts) // 2} fit")
-    trained = lambda family: PHRASINGS[family][:-HELD_OUT]
-    phrasings = (lambda family: PHRASINGS[family]) if held_out else trained
-    rephrasings = (lambda family: PHRASINGS[family][-HELD_OUT:]) if held_out else trained
-    draw = lambda scene: Drawing(scene, rng.randrange(2_000_000, 2**31))
-    ask = lambda drawing, family, prompt: Query(drawing, prompt, drawing.scene.answer(family), (drawing.scene, family))
-    texts = text_questions()
-    samples = []
-    for (scene, family), similar in zip(edits, free_neighbors):
+    similar = [
+        [other for other in _neighbors(scene) if family in free.get(other, ())]
+        for scene, family in edits
+    ]
+    if len(edits) < count or not all(similar):
+        room = f"about {len(facts) // 2} fit"
+        raise ValueError(
+            f"the drawn world's {len(scenes)} scenes lack room for {count} edits; {room}"
+        )
+    texts, samples = text_questions(), []
+    for (scene, family), neighbors in zip(edits, similar, strict=True):
+        trained = PHRASINGS[family][:-HELD_OUT]
         kind, target = _edit_target(scene, family, scenes, rng, novel_share)
-        prompt, fact, drawing = rng.choice(trained(family)), (scene, family), draw(scene)
-        rephrased = rng.choice([p for p in rephrasings(family) if p != prompt])
+        prompt, fact, drawing = rng.choice(trained), (scene, family), _draw(scene, rng)
+        rephrasings = PHRASINGS[family][-HELD_OUT:] if held_out else trained
+        rephrased = rng.choice([phrase for phrase in rephrasings if phrase != prompt])
         _, question, answer = rng.choice(texts)
-        far_scene = _pick(scenes, lambda s: s.differences(scene) == 3, rng)  # every scene has a question that is not edited
-        far_family = rng.choice([f for f in FAMILIES if is_free(far_scene, f)])
-        other_family = rng.choice([f for f in FAMILIES if is_free(scene, f)])
-        samples.append(EditSample(kind, {
+        far = _pick(scenes, rng, scene, 3)
+        far_family, other_family = rng.choice(free[far]), rng.choice(free[scene])
+        queries = {
             "reliability": Query(drawing, prompt, target, fact),
             "text_generality": Query(drawing, rephrased, target, fact),
-            "modal_generality": Query(draw(scene), prompt, target, fact),
+            "modal_generality": Query(_draw(scene, rng), prompt, target, fact),
             "text_locality": Query(None, question, answer, ("text", question)),
-            "modal_locality": ask(draw(far_scene), far_family, rng.choice(phrasings(far_family))),
-            "same_image": ask(drawing, other_family, rng.choice(phrasings(other_family))),
-            "similar_image": ask(draw(rng.choice(similar)), family, prompt),
-            "no_image": Query(None, prompt, "no image", ("text", prompt)),
-        }))
+            "modal_locality": _ask(_draw(far, rng), far_family, rng, held_out),
+            "same_image": _ask(drawing, other_family, rng, held_out),
+        }
+        picture = _draw(rng.choice(neighbors), rng)
+        near = Query(picture, prompt, picture.scene.answer(family), (picture.scene, family))
+        queries["similar_image"] = near
+        queries["no_image"] = Query(None, prompt, "no image", ("text", prompt))
+        samples.append(EditSample(kind, queries))
     return samples
+
+
+def _draw(scene: Scene, rng: random.Random) -> Drawing:
+    return Drawing(scene, rng.randrange(2_000_000, 2**31))
+
+
+def _ask(drawing: Drawing, family: str, rng: random.Random, held_out: bool) -> Query:
+    """A question that is not edited, in any phrasing or one of the training's."""
+    phrasings = PHRASINGS[family] if held_out else PHRASINGS[family][:-HELD_OUT]
+    scene = drawing.scene
+    return Query(drawing, rng.choice(phrasings), scene.answer(family), (scene, family))
 
 
 def drawn_stream(edits: int, seed: int) -> list[EditSample]:
@@ -329,7 +383,11 @@ def drawn_stream(edits: int, seed: int) -> list[EditSample]:
     return drawn_samples(edits, split_scenes()[1], f"stream {seed}", held_out=True)
 
 
-UPDATE_FORMS = ("exact", "rephrased", "another picture")
+UPDATE_FORMS = {
+    "exact": "reliability",
+    "rephrased": "text_generality",
+    "another picture": "modal_generality",
+}
 
 
 class Update(NamedTuple):
@@ -341,15 +399,14 @@ class Update(NamedTuple):
 
 
 def drawn_updates(stream: list[EditSample], count: int, seed: int) -> list[Update]:
-    """`count` facts of a drawn stream, each edited again with another value of the world, in all forms in turn."""
-    rng, updates = random.Random(f"updates {seed}"), []
+    """`count` facts of a drawn stream, each edited again with another value, in all forms."""
+    rng, updates, forms = random.Random(f"updates {seed}"), [], list(UPDATE_FORMS)
     for n, i in enumerate(rng.sample(range(len(stream)), count)):
-        form = UPDATE_FORMS[n % len(UPDATE_FORMS)]
-        asked = stream[i].queries[("reliability", "text_generality", "modal_generality")[n % len(UPDATE_FORMS)]]
-        scene, family = asked.fact
+        form = forms[n % len(forms)]
+        asked = stream[i].queries[UPDATE_FORMS[form]]
         target = asked.target
         while target == asked.target:
-            target = _edit_target(scene, family, SCENES, rng, novel_share=0.0)[1]
+            target = _edit_target(*asked.fact, SCENES, rng, novel_share=0.0)[1]
         updates.append(Update(i, form, replace(asked, target=target)))
     return updates
 
@@ -357,24 +414,30 @@ def drawn_updates(stream: list[EditSample], count: int, seed: int) -> list[Updat
 def drawn_training(count: int, seed: int) -> list[EditSample]:
     """Samples for training an editor, as several streams over the training scenes.
 
-    Each keeps the edit, one generality query, one locality query with an image and one without: for the same work, more different
-    samples teach an editor more than more queries about each. Made-up names, which are learned last, come more often than in the evaluation.
+    Each keeps the edit, one generality query, one locality query with an image and one without:
+    for the same work, more different samples teach more than more queries about each. Made-up
+    names, which are learned last, come more often than in the evaluation.
     """
-    scenes = split_scenes()[0]
-    size = len(scenes)  # edits of one stream
-    streams = [drawn_samples(min(size, count - start), scenes, f"training {seed} {start}", held_out=False, novel_share=0.65)
-               for start in range(0, count, size)]
-    rng = random.Random(f"queries {seed}")
-    pictured = [name for name in LOCALITY if name not in ("text_locality", "no_image")]
-    thinned = lambda queries: {name: queries[name] for name in ("reliability", rng.choice(GENERALITY), rng.choice(pictured), "text_locality")}
-    return [EditSample(sample.kind, thinned(sample.queries)) for stream in streams for sample in stream]
+    scenes, drawn = split_scenes()[0], []
+    for start in range(0, count, len(scenes)):
+        size, name = min(len(scenes), count - start), f"training {seed} {start}"
+        drawn += drawn_samples(size, scenes, name, held_out=False, novel_share=0.65)
+    rng, samples = random.Random(f"queries {seed}"), []
+    for sample in drawn:
+        chosen = rng.choice(GENERALITY_QUERIES), rng.choice(PICTURED_LOCALITY_QUERIES)
+        names = ("reliability", *chosen, "text_locality")
+        samples.append(EditSample(sample.kind, {name: sample.queries[name] for name in names}))
+    return samples
 
 
-def consistent_batches(samples: list[EditSample], size: int, rng: random.Random):
-    """Endless batches of `size` indices into samples, each sample about equally often; in a batch no fact is edited twice
-    and no locality query asks for an edited fact. Raises ValueError if the samples have no such batch."""
+def consistent_batches(samples: list[EditSample], size: int, rng) -> Iterator[list[int]]:
+    """Endless batches of `size` indices into samples, each sample about equally often.
+
+    In a batch no fact is edited twice and no locality query asks for an edited fact.
+    Raises ValueError if the samples have no such batch.
+    """
     if size < 2:
-        raise ValueError(f"training needs batches of at least two edits; there are {len(samples)} training samples")
+        raise ValueError(f"training needs batches of two edits; there are {len(samples)} samples")
     facts = [sample.edit.fact for sample in samples]
     untouched = [sample.untouched_facts() for sample in samples]
     queue: list[int] = []
@@ -382,7 +445,7 @@ def consistent_batches(samples: list[EditSample], size: int, rng: random.Random)
         if len(queue) < 4 * size:
             queue += rng.sample(range(len(samples)), len(samples))
         batch, edited, kept, skipped = [], set(), set(), []
-        for _ in range(2):  # what waits in the queue may not fill a batch: then a fresh round of all samples follows
+        for _ in range(2):  # what waits may not fill a batch: then a fresh round follows
             while queue and len(batch) < size:
                 i = queue.pop(0)
                 if facts[i] in edited or facts[i] in kept or edited & untouched[i]:
@@ -394,34 +457,36 @@ def consistent_batches(samples: list[EditSample], size: int, rng: random.Random)
             if len(batch) < size:
                 queue += rng.sample(range(len(samples)), len(samples))
         if len(batch) < size:
-            raise ValueError(f"no {size} of the {len(samples)} training samples fit into one batch without contradicting one another; "
-                             "choose a smaller batch size")
+            raise ValueError(
+                f"the {len(samples)} samples contradict one another in each batch of {size}"
+            )
         queue = skipped + queue
         yield batch
 
 
-# ------------------------------------------------------------------------------------------------ benchmark files
+# ------------------------------------------------------------------------------- benchmark files
 
-FIELDS = ("src", "pred", "alt", "rephrase", "image", "image_rephrase", "loc", "loc_ans", "m_loc", "m_loc_q", "m_loc_a")
+FIELDS = "src pred alt rephrase image image_rephrase loc loc_ans m_loc m_loc_q m_loc_a".split()
 IMAGE_FIELDS = ("image", "image_rephrase", "m_loc")
-PORTABILITY_FIELDS = ("port_q", "port_a")
 THE_ANSWER_IS = " The answer is:"
 NQ_PREFIX = "nq question: "
 
 
 class Benchmark(NamedTuple):
-    """Where a published benchmark lies under its root, and the fields whose prompts end in "The answer is:" in its official evaluation."""
+    """Where a published benchmark lies under its root."""
 
     train: str
     eval: str
     images: tuple[str, ...]  # names under which its image folder is known
-    official_suffix: tuple[str, ...]
+    suffixed: tuple[str, ...]  # prompts that end in THE_ANSWER_IS in its official evaluation
 
 
 _VLKEB_IMAGES = ("mmkb_images", "VLKEB_images")
+_EVQA_SUFFIXED = ("src", "rephrase", "m_loc_q")
+_EIC = ("caption/caption_train_edit.json", "caption/caption_eval_edit.json")
 BENCHMARKS = {
-    "evqa": Benchmark("vqa/vqa_train.json", "vqa/vqa_eval.json", ("images",), ("src", "rephrase", "m_loc_q")),
-    "eic": Benchmark("caption/caption_train_edit.json", "caption/caption_eval_edit.json", ("images",), ("m_loc_q",)),
+    "evqa": Benchmark("vqa/vqa_train.json", "vqa/vqa_eval.json", ("images",), _EVQA_SUFFIXED),
+    "eic": Benchmark(*_EIC, ("images",), ("m_loc_q",)),
     "vlkeb": Benchmark("train.json", "eval.json", _VLKEB_IMAGES, ("m_loc_q",)),
     "vlkeb-onehop": Benchmark("train.json", "eval_edit_onehop.json", _VLKEB_IMAGES, ("m_loc_q",)),
 }
@@ -436,55 +501,37 @@ class Files(NamedTuple):
 
 
 def benchmark_files(data: str, root: Path | None = None, image_root: Path | None = None) -> Files:
-    """The files of a benchmark's name with its root, of a folder with train.json, eval.json and images/, or of one evaluation file
-    with the training file beside it (eval in its name replaced by train). Raises FileNotFoundError or ValueError naming what is missing."""
+    """The files of a benchmark's name with its root, of a folder, or of one evaluation file.
+
+    A folder holds train.json, eval.json and images/; beside an evaluation file stands the training
+    file (eval in its name replaced by train). Raises FileNotFoundError or ValueError.
+    """
+    path = Path(data)
     if data in BENCHMARKS:
         known = BENCHMARKS[data]
         if root is None:
-            raise ValueError(f"--data {data} needs --data-root, the folder that holds {known.eval}")
-        found = next((root / name for name in known.images if (root / name).is_dir()), root / known.images[0])
-        files = Files(root / known.train, root / known.eval, image_root or found)
-    elif (path := Path(data)).suffix == ".json":
-        files = Files(path.with_name(path.name.replace("eval", "train")), path, image_root or (root or path.parent) / "images")
+            raise ValueError(f"--data {data} needs --data-root, the folder of {known.eval}")
+        present = [root / name for name in known.images if (root / name).is_dir()]
+        images = present[0] if present else root / known.images[0]
+        files = Files(root / known.train, root / known.eval, image_root or images)
+    elif path.suffix == ".json":
+        train = path.with_name(path.name.replace("eval", "train"))
+        files = Files(train, path, image_root or (root or path.parent) / "images")
     else:
         files = Files(path / "train.json", path / "eval.json", image_root or path / "images")
     if not files.eval.is_file():
-        raise FileNotFoundError(f"there is no annotation file {files.eval}; --data takes {', '.join(BENCHMARKS)}, a folder or a .json file")
+        known = f"--data takes {', '.join(BENCHMARKS)}, a folder or a .json file"
+        raise FileNotFoundError(f"there is no annotation file {files.eval}; {known}")
     if not files.images.is_dir():
         raise FileNotFoundError(f"there is no image folder {files.images}; --image-root names it")
     return files
 
 
-def _complain(title: str, problems: list[str]) -> None:
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{title} ({len(problems)}): {'; '.join(problems[:5])}{more}")
-
-
-def _lacking(record: dict, fields: tuple[str, ...]) -> list[str]:
-    return [f for f in fields if not (isinstance(record.get(f), str) and record[f].strip())]
-
-
-def _portability(record: dict) -> dict | None:
-    """VLKEB's one-hop question: the field is a list of one record."""
-    port = record.get("port_new")
-    return port[0] if isinstance(port, list) and port and isinstance(port[0], dict) else port
-
-
-def _malformed(index: int, record) -> str | None:
-    if not isinstance(record, dict):
-        return f"record {index} is no object"
-    lacking = _lacking(record, FIELDS)
-    if record.get("port_new"):
-        lacking += _lacking(port, PORTABILITY_FIELDS) if isinstance(port := _portability(record), dict) else ["port_new"]
-    return f"record {index} lacks a text in {', '.join(lacking)}" if lacking else None
-
-
 def read_records(file: Path, image_root: Path, official: str | None = None) -> list[EditSample]:
-    """Edit samples from a JSON list of records with the field's 11 string fields (E-VQA, E-IC, VLKEB); pictures stay closed.
+    """Edit samples from a JSON list of records with FIELDS; pictures stay closed.
 
-    official: name of the benchmark whose own prompt form is wanted; None is one form for all prompts.
-    Raises FileNotFoundError or ValueError that names the file, records or missing pictures at fault, with their count.
+    official: name of the benchmark whose own prompt form is wanted; None: one form for all.
+    Raises FileNotFoundError or ValueError that names the file, records or pictures at fault.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no annotation file {file}")
@@ -493,61 +540,89 @@ def read_records(file: Path, image_root: Path, official: str | None = None) -> l
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}") from None
     if not isinstance(records, list) or not records:
-        raise ValueError(f"{file} must hold a list of records, not {type(records).__name__} of length "
-                         f"{len(records) if hasattr(records, '__len__') else 1}")
-    _complain(f"malformed records in {file}", [problem for i, r in enumerate(records) if (problem := _malformed(i, r))])
-    paths = sorted({image_root / r[f] for r in records for f in IMAGE_FIELDS})
+        raise ValueError(f"{file} must hold a list of records")
+    lacking = [f"record {i} lacks {name}" for i, r in enumerate(records) for name in _lacking(r)]
+    _complain(f"malformed records in {file}", lacking)
+    paths = sorted({image_root / record[name] for record in records for name in IMAGE_FIELDS})
     _complain(f"missing pictures of {file}", [str(path) for path in paths if not path.is_file()])
-    edited = {r[f] for r in records for f in ("image", "image_rephrase")}
-    return [_sample(r, image_root, edited, official) for r in records]
+    edited = {record[name] for record in records for name in ("image", "image_rephrase")}
+    return [_sample(record, image_root, edited, official) for record in records]
 
 
-def check_pictures(samples: list[EditSample], progress=lambda paths: paths) -> int:
-    """Decode every picture file of the samples once and return their number. Raises ValueError that names those that cannot be decoded.
+def _complain(title: str, problems: list[str]) -> None:
+    if problems:
+        more = " ..." if len(problems) > 5 else ""
+        raise ValueError(f"{title} ({len(problems)}): {'; '.join(problems[:5])}{more}")
 
-    progress: wraps the list of paths, for instance tqdm.
-    """
-    paths = sorted({q.image.path for s in samples for q in s.queries.values() if isinstance(q.image, ImageFile)})
-    _complain("pictures that cannot be decoded", [str(path) for path in progress(paths) if not _decodes(path)])
+
+def _lacking(record) -> list[str]:
+    """The fields that hold no text."""
+    if not isinstance(record, dict):
+        return ["all fields"]
+    found = record | _portability(record)
+    wanted = [*FIELDS, *(("port_q", "port_a") if record.get("port_new") else ())]
+    texts = {name: value for name, value in found.items() if isinstance(value, str)}
+    return [name for name in wanted if not texts.get(name, "").strip()]
+
+
+def _portability(record: dict) -> dict:
+    """VLKEB's one-hop question: the field is a list of one record."""
+    port = record.get("port_new")
+    port = port[0] if isinstance(port, list) and port else port
+    return port if isinstance(port, dict) else {}
+
+
+def check_pictures(samples: list[EditSample], progress: Callable = list) -> int:
+    """Decode every picture file once and count them. Raises ValueError that names the broken."""
+    queries = [query for sample in samples for query in sample.queries.values()]
+    paths = sorted({q.image.path for q in queries if isinstance(q.image, ImageFile)})
+    broken = []
+    for path in progress(paths):
+        try:
+            ImageFile(path).open()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            broken.append(str(path))
+    _complain("pictures that cannot be decoded", broken)
     return len(paths)
 
 
-def _decodes(path: Path) -> bool:
-    try:
-        ImageFile(path).open()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
-    return True
+def _sample(record: dict, root: Path, edited: set[str], official: str | None) -> EditSample:
+    suffixed = BENCHMARKS[official].suffixed if official else ()
+    text = {name: record[name] + THE_ANSWER_IS * (name in suffixed) for name in _EVQA_SUFFIXED}
+    loc = record["loc"] + "?"
+    if not official:  # the official evaluation leaves MMEdit's prefix in
+        loc = record["loc"].removeprefix(NQ_PREFIX).strip().rstrip("?") + "?"
 
+    def ask(image: str, prompt: str, target: str) -> Query:
+        return Query(ImageFile(root / record[image]), prompt, target, (record[image], prompt))
 
-def _sample(record: dict, image_root: Path, edited_images: set[str], official: str | None) -> EditSample:
-    picture = {name: ImageFile(image_root / record[name]) for name in IMAGE_FIELDS}
-    suffixed = BENCHMARKS[official].official_suffix if official else ()
-    text = {name: record[name] + THE_ANSWER_IS * (name in suffixed) for name in ("src", "rephrase", "m_loc_q")}
-    # The official evaluation appends a question mark and leaves MMEdit's prefix in.
-    loc = record["loc"] + "?" if official else record["loc"].removeprefix(NQ_PREFIX).strip().rstrip("?") + "?"
-    ask = lambda name, prompt, target: Query(picture[name], prompt, target, (record[name], prompt))
     edit = ask("image", text["src"], record["alt"])
+    anew = ImageFile(root / record["image_rephrase"])
     queries = {
         "reliability": edit,
-        "text_generality": Query(edit.image, text["rephrase"], record["alt"], edit.fact),
-        "modal_generality": Query(picture["image_rephrase"], text["src"], record["alt"], edit.fact),
+        "text_generality": replace(edit, prompt=text["rephrase"]),
+        "modal_generality": replace(edit, image=anew),
         "text_locality": Query(None, loc, record["loc_ans"], ("text", loc)),
         "modal_locality": ask("m_loc", text["m_loc_q"], record["m_loc_a"]),
         "same_image": ask("image", loc, record["loc_ans"]),
         "no_image": Query(None, text["src"], record["pred"], ("text", text["src"])),
     }
-    if record["m_loc"] not in edited_images:  # else the same question may ask for an edited fact
+    if record["m_loc"] not in edited:  # else the same question may ask for an edited fact
         queries["similar_image"] = ask("m_loc", text["src"], record["pred"])
-    if record.get("port_new"):
-        port = _portability(record)
-        queries[PORTABILITY] = Query(edit.image, port["port_q"], port["port_a"], edit.fact)
+    if port := _portability(record):
+        queries[PORTABILITY] = replace(edit, prompt=port["port_q"], target=port["port_a"])
     return EditSample("benchmark", queries)
 
 
-def without_leaks(training: list[EditSample], stream: list[EditSample]) -> tuple[list[EditSample], int]:
-    """Training samples without the locality questions that the evaluation asks too, and how many were left out."""
+def without_leaks(training: list[EditSample], stream: list[EditSample]):
+    """(training samples without the evaluation's locality questions, how many were left out)."""
     asked = {fact for sample in stream for fact in sample.untouched_facts()}
-    leaks = lambda name, query: name in LOCALITY and query.fact in asked
-    kept = [EditSample(s.kind, {name: q for name, q in s.queries.items() if not leaks(name, q)}) for s in training]
-    return kept, sum(len(s.queries) for s in training) - sum(len(s.queries) for s in kept)
+    kept, left_out = [], 0
+    for sample in training:
+        leaks = [
+            n for n in LOCALITY_QUERIES if n in sample.queries and sample.queries[n].fact in asked
+        ]
+        queries = {name: query for name, query in sample.queries.items() if name not in leaks}
+        kept.append(EditSample(sample.kind, queries))
+        left_out += len(leaks)
+    return kept, left_out

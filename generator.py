@@ -1,6 +1,6 @@
-"""Expert generator (paper section 4.1, Eq. 1, 2 and 6): the hidden states of one edit become a low-rank expert (U, V).
+"""Expert generator (paper section 4.1, Eq. 1, 2 and 6): an edit becomes a low-rank expert (U, V).
 
-Copy this file with router.py and liveedit.py into another codebase and edit there; it needs torch only.
+Copy this file with router.py and liveedit.py into another codebase; it needs torch only.
 
 B batch       T sequence length      V vision tokens    P prompt tokens
 D hidden size of the model           M module width     Q learned queries (R or K of them)
@@ -8,54 +8,76 @@ N experts     R rank of an expert    K feature slots    H attention heads
 In einsums: b batch, t sequence, d hidden, n experts, r rank, k slots, m module width.
 """
 
+import math
+from dataclasses import asdict, dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class CrossAttention(nn.Module):
-    """Queries look at hidden states: multi-head attention with biases and without an output projection.
+    """Attention of learned queries over hidden states.
 
-    Differs from Eq. (2): H heads, scale 1/sqrt(head width) and biases, as in the official code.
+    Differs from Eq. (2): H heads, scale 1/sqrt(head width) and biases, and its users put a
+    LayerNorm before it, as in the official code.
     """
 
     def __init__(self, state_dim: int, module_dim: int, value_dim: int, heads: int):
         super().__init__()
         if module_dim % heads or value_dim % heads:
-            raise ValueError(f"heads={heads} must divide both the module width {module_dim} and the value width {value_dim}")
+            raise ValueError(
+                f"heads={heads} must divide the module width {module_dim} and the value width "
+                f"{value_dim}"
+            )
         self.heads = heads
         self.to_query = nn.Linear(module_dim, module_dim)
         self.to_key = nn.Linear(state_dim, module_dim)
         self.to_value = nn.Linear(state_dim, value_dim)
 
     def forward(self, queries: Tensor, states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """queries (B, Q, M) or (1, Q, M), states (B, T, D) or (1, T, D), mask (B, T) True where attended -> (B, Q, value_dim)."""
-        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, Q or T, width)
-        query, key, value = split(self.to_query(queries)), split(self.to_key(states)), split(self.to_value(states))
+        """Attend with queries (B, Q, M) or (1, Q, M) to states (B, T, D) or (1, T, D).
+
+        mask (B, T) is True where a state may be attended. Returns (B, Q, value_dim).
+        """
+        query = self._split_heads(self.to_query(queries))
+        key = self._split_heads(self.to_key(states))
+        value = self._split_heads(self.to_value(states))
         batch = max(len(query), len(key))
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+        if mask is not None:
+            mask = mask[:, None, None, :]
         # Eq. (2): CA(x, y) = softmax(x W_q (y W_k)^T) y W_v
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=None if mask is None else mask[:, None, None, :])
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return mixed.transpose(1, 2).flatten(2)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, Q or T, head width)
 
 
 class ExpertGenerator(nn.Module):
-    """Turns the hidden states of an edit (image, prompt and answer rows) into U and V of one expert."""
+    """Turns the hidden states of an edit (image, prompt and answer rows) into U and V."""
 
-    def __init__(self, hidden_size: int, module_dim: int, rank: int, heads: int, gain: float = 1.0):
-        """gain: experts are scaled by gain / sqrt(rank).
+    def __init__(self, hidden_size: int, module_dim: int, rank: int, heads: int, gain: float):
+        """Make a generator whose experts are scaled by gain / sqrt(rank).
 
-        Differs from the official code: its queries are drawn kaiming-normal; queries of standard deviation 1 learned
-        faster in a trial (README, "Differences").
+        Differs from the official code: its queries are drawn kaiming-normal; queries of standard
+        deviation 1 learned faster in a trial (README, "Differences").
         """
         super().__init__()
-        self.scale = gain * rank ** -0.5
-        self.norm_U, self.norm_V = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
-        self.queries_U, self.queries_V = (nn.Parameter(torch.randn(1, rank, module_dim)) for _ in range(2))
-        self.attention_U, self.attention_V = (CrossAttention(hidden_size, module_dim, hidden_size, heads) for _ in range(2))
+        self.scale = gain * rank**-0.5
+        self.norm_U = nn.LayerNorm(hidden_size)
+        self.norm_V = nn.LayerNorm(hidden_size)
+        self.queries_U = nn.Parameter(torch.randn(1, rank, module_dim))
+        self.queries_V = nn.Parameter(torch.randn(1, rank, module_dim))
+        self.attention_U = CrossAttention(hidden_size, module_dim, hidden_size, heads)
+        self.attention_V = CrossAttention(hidden_size, module_dim, hidden_size, heads)
 
     def forward(self, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """states (B, T, D), mask (B, T) True on image, prompt and answer rows -> U (B, R, D), V (B, R, D)."""
+        """Make U (B, R, D) and V (B, R, D) from states (B, T, D).
+
+        mask (B, T) is True on image, prompt and answer rows.
+        """
         # Eq. (1): f_eg(h) = (CA_U(U, h), CA_V(V, h)) with h = h_v ++ h_p ++ h_o
         U = self.attention_U(self.queries_U, self.norm_U(states), mask)
         V = self.attention_V(self.queries_V, self.norm_V(states), mask)
@@ -63,11 +85,103 @@ class ExpertGenerator(nn.Module):
 
 
 def apply_experts(normed: Tensor, U: Tensor, V: Tensor, weights: Tensor) -> Tensor:
-    """The residual that experts add to a layer's output.
+    """Compute the residual (B, T, D) that experts add to a layer's output.
 
-    normed (B, T, D): the layer's output after LayerNorm; U, V (N, R, D); weights (B, N) -> (B, T, D).
+    normed (B, T, D) is the layer's output after LayerNorm; U, V (N, R, D); weights (B, N).
     Differs from Eq. (6): the LayerNorm under U is the official code's.
     """
     gates = torch.relu(torch.einsum("btd,nrd->btnr", normed, U))
     # Eq. (6): sum over experts of w_e * ReLU(h U_e^T) V_e
     return torch.einsum("btnr,nrd->btd", gates * weights[:, None, :, None], V)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit as the repository keeps it: its texts, but not its picture."""
+
+    id: int
+    prompt: str
+    target: str
+    time: float  # seconds since the epoch
+
+    def __post_init__(self):
+        numbers = isinstance(self.id, int) and isinstance(self.time, (int, float))
+        if not (numbers and isinstance(self.prompt, str) and isinstance(self.target, str)):
+            raise ValueError(f"this is no record of an edit: {asdict(self)}")
+
+
+class ExpertRepository(nn.Module):
+    """E_t = E_{t-1} + {(U, V, phi_hat, psi_hat)}: rows are appended, forgetting deletes one.
+
+    The buffers are preallocated and grow by doubling, in single precision. A newer edit has a
+    higher id; ids are never used again.
+    """
+
+    TENSORS = ("U", "V", "visual_keys", "text_keys")
+
+    def __init__(self, rank: int, hidden_size: int, slots: int, module_dim: int):
+        super().__init__()
+        expert, key = (rank, hidden_size), (slots, module_dim)
+        self.shapes = {"U": expert, "V": expert, "visual_keys": key, "text_keys": key}
+        self.next_id = 1
+        self.edits: list[Edit] = []  # the edit of each row
+        for name, shape in self.shapes.items():
+            empty = torch.empty(0, *shape, dtype=torch.float32)
+            self.register_buffer(f"_{name}", empty, persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def rows(self, name: str) -> Tensor:
+        """Return the rows in use of one of TENSORS, (N, ...)."""
+        return getattr(self, f"_{name}")[: len(self.edits)]
+
+    def add(self, tensors: dict[str, Tensor], edits: list[Edit]) -> None:
+        """Append n experts, each tensor (n, ...).
+
+        Raises ValueError, and adds nothing, if a shape does not fit or a number is not finite.
+        """
+        for name, shape in self.shapes.items():
+            if name not in tensors or tensors[name].shape != (len(edits), *shape):
+                raise ValueError(f"{name} of {len(edits)} experts must be {(len(edits), *shape)}")
+            if not tensors[name].isfinite().all():
+                raise ValueError(f"{name} of new experts holds numbers that are not finite")
+        start, end = len(self.edits), len(self.edits) + len(edits)
+        with torch.inference_mode(False), torch.no_grad():
+            self._reserve(end)
+            for name in self.TENSORS:
+                getattr(self, f"_{name}")[start:end] = tensors[name]
+        self.edits.extend(edits)
+        self.next_id = max([self.next_id, *(edit.id + 1 for edit in edits)])
+
+    def remove(self, edit_id: int) -> Edit:
+        """Delete one expert. Raises KeyError for an unknown id."""
+        ids = [edit.id for edit in self.edits]
+        if edit_id not in ids:
+            raise KeyError(f"there is no edit with id {edit_id!r}; editor.edits() lists them all")
+        row = ids.index(edit_id)
+        with torch.inference_mode(False), torch.no_grad():
+            behind = {name: self.rows(name)[row + 1 :].clone() for name in self.TENSORS}
+            for name, rows in behind.items():
+                self.rows(name)[row:-1] = rows
+        return self.edits.pop(row)
+
+    def clear(self) -> None:
+        """Delete all experts and free their memory."""
+        for name in self.TENSORS:
+            buffer = getattr(self, f"_{name}")
+            setattr(self, f"_{name}", torch.empty_like(buffer[:0]))
+        self.edits = []
+
+    def bytes_per_edit(self) -> int:
+        """Return the memory of one row."""
+        return 4 * sum(math.prod(shape) for shape in self.shapes.values())
+
+    def _reserve(self, count: int) -> None:
+        """Make room for `count` rows."""
+        for name in self.TENSORS:
+            old = getattr(self, f"_{name}")
+            if len(old) < count:
+                grown = old.new_empty(max(count, 2 * len(old), 16), *old.shape[1:])
+                grown[: len(self.edits)] = self.rows(name)
+                setattr(self, f"_{name}", grown)

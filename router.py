@@ -1,7 +1,8 @@
-"""Routing (paper section 4.2, Eq. 3-5, 7 and 12-16): which experts does a query concern, and how much of each?
+"""Routing (paper section 4.2, Eq. 3-5, 7 and 12-16): which experts does a query concern?
 
-A visual hard filter drops the experts whose image has nothing to do with the query; a text soft router weighs the rest.
-Copy this file with generator.py and liveedit.py into another codebase and edit there; it needs torch only.
+A visual hard filter drops the experts whose image has nothing to do with the query; a text soft
+router weighs the rest; of edits of the same fact the newest counts.
+Copy this file with generator.py and liveedit.py into another codebase; it needs torch only.
 
 B batch       T sequence length      V vision tokens    P prompt tokens
 D hidden size of the model           M module width     Q learned queries (R or K of them)
@@ -18,216 +19,265 @@ from torch import Tensor, nn
 
 from generator import CrossAttention
 
-# Of `Router.same_fact`, in units of the routing losses' logits; chosen on scenes of the editor's training.
-SAME_FACT_MARGIN = 0.75  # by which two pictures must match, on the mean of both directions
-SAME_FACT_SLACK = 1.5  # by which one direction, or the questions, may miss a match
+IGNORE = -100  # the label of tokens that are no answer, by Hugging Face's convention
+# By how much, in logits of the routing losses, the filter must keep experts that count as edits of
+# one fact. Chosen on scenes of the editor's training.
+SAME_FACT_MARGIN = 1.0
+
+
+class RowMasks(NamedTuple):
+    """Which rows of the hidden states are what, each (B, T) bool."""
+
+    image: Tensor
+    prompt: Tensor
+    answer: Tensor
+
+    def on(self, device: torch.device) -> "RowMasks":
+        """Move the masks to a device."""
+        return RowMasks(*(mask.to(device) for mask in self))
+
+
+def row_masks(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    image_token_id: int,
+    special_ids: Tensor,
+) -> RowMasks:
+    """Find the image, prompt and answer rows of input_ids (B, T).
+
+    Answer rows are those whose label is not -100. Prompt rows are the other tokens behind the first
+    image, or, where none follow, all text tokens but the leading special ones.
+    """
+    attended = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        attended = attention_mask.bool()
+    image = (input_ids == image_token_id) & attended
+    answer = torch.zeros_like(image) if labels is None else labels != IGNORE
+    text = attended & ~image & ~answer
+    behind = text & (image.cumsum(1) > 0)
+    leading = (torch.isin(input_ids, special_ids) | ~attended).cumprod(1).bool()
+    prompt = torch.where(behind.any(1, keepdim=True), behind, text & ~leading)
+    return RowMasks(image, prompt, answer)
 
 
 class Rows(NamedTuple):
-    """Hidden states of one kind for each query, padded: states (B, T, D), mask (B, T) True on real rows."""
+    """Hidden states of one kind for each query, padded on the right."""
 
-    states: Tensor
-    mask: Tensor
+    states: Tensor  # (B, T, D)
+    mask: Tensor | None  # (B, T), True on real rows
 
-    def select(self, rows) -> "Rows":
-        """The given queries."""
+    def select(self, rows: Tensor) -> "Rows":
+        """Take the given queries."""
         return Rows(self.states[rows], self.mask[rows])
 
     @classmethod
     def gather(cls, hidden: Tensor, mask: Tensor) -> "Rows":
-        """Move the masked rows of hidden (B, T, D) to the front and cut off what no query needs."""
+        """Move the masked rows of hidden (B, T, D) to the front and cut off what none needs."""
         length = max(int(mask.sum(1).max()), 1)
         order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :length]
-        return cls(hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1])), mask.gather(1, order))
+        index = order[..., None].expand(-1, -1, hidden.shape[-1])
+        return cls(hidden.gather(1, index), mask.gather(1, order))
 
 
 class FeatureExtractor(nn.Module):
-    """Routing features of a query, the same form with separate weights on the edit side and on the input side."""
+    """Routing features; the edit side and the input side have the same form, other weights."""
 
     def __init__(self, hidden_size: int, module_dim: int, slots: int, heads: int):
         super().__init__()
-        attention = lambda: CrossAttention(hidden_size, module_dim, module_dim, heads)
-        self.visual_norm, self.text_norm = nn.LayerNorm(hidden_size), nn.LayerNorm(hidden_size)
-        self.visual_queries, self.text_queries = (nn.Parameter(torch.randn(1, slots, module_dim)) for _ in range(2))
-        self.visual_prompt_attention, self.visual_image_attention, self.text_attention = attention(), attention(), attention()
+        sizes = (hidden_size, module_dim, module_dim, heads)
+        self.visual_norm = nn.LayerNorm(hidden_size)
+        self.text_norm = nn.LayerNorm(hidden_size)
+        self.visual_queries = nn.Parameter(torch.randn(1, slots, module_dim))
+        self.text_queries = nn.Parameter(torch.randn(1, slots, module_dim))
+        self.visual_prompt_attention = CrossAttention(*sizes)
+        self.visual_image_attention = CrossAttention(*sizes)
+        self.text_attention = CrossAttention(*sizes)
 
     def visual_query(self, prompt: Rows) -> Tensor:
-        """What the prompt asks of an image (B, K, M): the inner attention of Eq. (3)."""
-        return self.visual_prompt_attention(self.visual_queries, self.visual_norm(prompt.states), prompt.mask)
+        """Ask what the prompt wants of an image, (B, K, M): the inner attention of Eq. (3)."""
+        states = self.visual_norm(prompt.states)
+        return self.visual_prompt_attention(self.visual_queries, states, prompt.mask)
 
     def visual(self, visual_query: Tensor, image: Rows) -> Tensor:
-        """Eq. (3): phi = CA_phi2( CA_phi1(phi_0, h_p), h_v ), (B, K, M)."""
+        """Look for it in the image, (B, K, M)."""
+        # Eq. (3): phi = CA_phi2( CA_phi1(phi_0, h_p), h_v )
         return self.visual_image_attention(visual_query, self.visual_norm(image.states), image.mask)
 
     def text(self, prompt: Rows) -> Tensor:
-        """Eq. (4): psi = CA_psi(psi_0, h_p), (B, K, M)."""
+        """Read what is asked, (B, K, M)."""
+        # Eq. (4): psi = CA_psi(psi_0, h_p)
         return self.text_attention(self.text_queries, self.text_norm(prompt.states), prompt.mask)
 
 
-class Query(NamedTuple):
-    """Input-side features of a batch of queries, each (B, K, M)."""
+class Features(NamedTuple):
+    """Input-side features of B queries, each (B, K, M)."""
 
-    visual: Tensor
-    sentinel: Tensor
-    text: Tensor
+    visual: Tensor  # phi_bar
+    sentinel: Tensor  # phi_bar of Theta
+    text: Tensor  # psi_bar
 
 
 class Routing(NamedTuple):
-    """What the router decided for B queries and N experts of which n were kept by at least one query."""
+    """What the router decided for B queries, N experts, and the n that any query kept."""
 
     similarity: Tensor  # (B, N) visual similarity
     threshold: Tensor  # (B,) an expert is kept above it
-    experts: Tensor  # (n,) indices of the experts kept by any query
-    weights: Tensor  # (B, n) soft weights of these, 0 where a query dropped the expert
-
-
-def soft_weights(scores: Tensor, kept: Tensor) -> Tensor:
-    """Text soft router: scores (B, n) and kept (B, n) -> weights (B, n), 0 where dropped.
-
-    Eq. (7): w_e = sigmoid(s_e) * softmax over the kept experts (s_e)
-    """
-    # The lowest finite number instead of -inf: a row without kept experts then has no NaN in its gradient.
-    shares = scores.masked_fill(~kept, torch.finfo(scores.dtype).min).softmax(dim=-1)
-    return torch.where(kept, torch.sigmoid(scores) * shares, 0.0)
+    experts: Tensor  # (n,) indices of the experts that the filter kept for any query
+    weights: Tensor  # (B, n) soft weights of these, 0 where a query has no use for the expert
 
 
 class Router(nn.Module):
-    """Both feature extractors, the vision sentinel, and the two decisions."""
+    """Both feature extractors, the vision sentinel, and the decisions."""
 
-    def __init__(self, hidden_size: int, module_dim: int, slots: int, heads: int, sentinel_tokens: int, similarity: str = "cosine",
-                 threshold: float | None = None):
-        """similarity: "cosine" (of each slot, then averaged over the slots) or "dot" (the official form, see `text_similarity`).
-        threshold: a fixed number for the visual hard filter; None compares with the learned vision sentinel."""
+    def __init__(
+        self,
+        hidden_size: int,
+        module_dim: int,
+        slots: int,
+        heads: int,
+        sentinel_tokens: int,
+        similarity: str = "cosine",
+        threshold: float | None = None,
+        newest_wins: bool = True,
+    ):
+        """Make a router.
+
+        similarity: "cosine" (of each slot, then averaged over the slots) or "dot" (official form).
+        threshold: a fixed number for the visual hard filter; None: the learned sentinel's.
+        newest_wins: False is the plain soft router of the paper.
+        """
         super().__init__()
-        self.cosine, self.threshold = similarity == "cosine", threshold
+        self.cosine = similarity == "cosine"
+        self.threshold = threshold
+        self.newest_wins = newest_wins
         self.edit_side = FeatureExtractor(hidden_size, module_dim, slots, heads)
         self.input_side = FeatureExtractor(hidden_size, module_dim, slots, heads)
-        self.sentinel = nn.Parameter(torch.randn(1, sentinel_tokens, hidden_size))  # Theta of Eq. (5)
-        # Cosines live in [-1, 1]: the losses need them scaled to tell a match from a near miss. A dot product scales itself.
+        self.sentinel = nn.Parameter(torch.randn(1, sentinel_tokens, hidden_size))  # Theta
+        # Cosines lie in [-1, 1]: the losses need them scaled to tell a match from a near miss.
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0))) if self.cosine else None
 
     def visual_key(self, prompt: Rows, image: Rows) -> Tensor:
-        """Edit-side visual feature phi_hat (B, K, M), of unit length for the cosine."""
-        return self._unit(self.edit_side.visual(self.edit_side.visual_query(prompt), image))
+        """Compute the edit-side phi_hat (B, K, M), of unit length for the cosine."""
+        asked = self.edit_side.visual_query(prompt)
+        return self._unit(self.edit_side.visual(asked, image))
 
     def text_key(self, prompt: Rows) -> Tensor:
-        """Edit-side text feature psi_hat (B, K, M)."""
+        """Compute the edit-side psi_hat (B, K, M)."""
         return self.edit_side.text(prompt)
 
-    def query(self, prompt: Rows, image: Rows) -> Query:
-        """Input-side features: phi_bar, the sentinel seen with the same prompt, psi_bar."""
-        side = self.input_side
-        asked = side.visual_query(prompt)
-        sentinel = side.visual(asked, Rows(self.sentinel, None))
-        return Query(self._unit(side.visual(asked, image)), self._unit(sentinel), side.text(prompt))
+    def features(self, prompt: Rows, image: Rows) -> Features:
+        """Compute the input-side features."""
+        asked = self.input_side.visual_query(prompt)
+        visual = self.input_side.visual(asked, image)
+        sentinel = self.input_side.visual(asked, Rows(self.sentinel, None))
+        text = self.input_side.text(prompt)
+        return Features(self._unit(visual), self._unit(sentinel), text)
 
     def _unit(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=-1) if self.cosine else features
 
-    def visual_similarity(self, query: Tensor, keys: Tensor) -> Tensor:
-        """(B, K, M) and (N, K, M) -> (B, N): the cosine averaged over slots, or the scaled dot product."""
+    def visual_similarity(self, visual: Tensor, keys: Tensor) -> Tensor:
+        """Compare phi_bar (B, K, M) with keys (N, K, M): cosines, averaged over the slots, (B, N).
+
+        Differs from the paper: cosine instead of the dot product, unless similarity is "dot".
+        """
         if not self.cosine:
-            return text_similarity(query, keys)
-        return query.flatten(1) @ keys.flatten(1).T / keys.shape[1]
+            return text_similarity(visual, keys)
+        return visual.flatten(1) @ keys.flatten(1).T / keys.shape[1]
 
-    def paired_similarity(self, query: Tensor, keys: Tensor) -> Tensor:
-        """The visual similarity of each query with one key: twice (B, K, M) -> (B,)."""
-        products = (query * keys).sum(-1).mean(-1)
-        return products if self.cosine else products * query.shape[-1] ** -0.5
-
-    def sentinel_similarity(self, query: Query) -> Tensor:
-        """Similarity of each query with its own sentinel (B,)."""
-        return self.paired_similarity(query.visual, query.sentinel)
-
-    def thresholds(self, query: Query) -> Tensor:
-        """Above which similarity each query keeps an expert (B,): its own sentinel's, or the fixed number."""
-        own = self.sentinel_similarity(query)
-        return own if self.threshold is None else torch.full_like(own, self.threshold)
+    def sentinel_similarity(self, features: Features) -> Tensor:
+        """Compare each query with the sentinel as its own prompt sees it, (B,)."""
+        products = (features.visual * features.sentinel).sum(-1).mean(-1)
+        return products if self.cosine else products * features.visual.shape[-1] ** -0.5
 
     def visual_logits(self, similarity: Tensor) -> Tensor:
-        """Similarities as logits of the routing losses."""
+        """Turn similarities into logits of the routing losses."""
         return similarity * self.log_scale.exp() if self.cosine else similarity
 
-    def route(self, query: Query, visual_keys: Tensor, text_keys: Tensor, active: Tensor | None = None) -> Routing:
-        """The whole decision for keys (N, K, M); active (N,) leaves out experts that are not in force.
+    def route(self, features: Features, visual_keys: Tensor, text_keys: Tensor) -> Routing:
+        """Decide for B queries and N experts, keys (N, K, M) in the order of editing.
 
-        Beyond one product with all visual keys, and a comparison of its results, the work depends on the kept experts only.
+        Beyond one product with all visual keys, the work depends on the kept experts only.
         """
-        similarity = self.visual_similarity(query.visual, visual_keys)
-        threshold = self.thresholds(query)
+        similarity = self.visual_similarity(features.visual, visual_keys)
+        threshold = self.sentinel_similarity(features)
+        if self.threshold is not None:
+            threshold = torch.full_like(threshold, self.threshold)
         # Eq. (5): keep expert e iff sim(phi_bar, phi_hat_e) > sim(phi_bar, phi_bar_Theta)
         kept = similarity > threshold[:, None]
-        if active is not None:
-            kept &= active
         experts = kept.any(0).nonzero().flatten()
-        scores = text_similarity(query.text, text_keys[experts].to(query.text.dtype))
-        return Routing(similarity, threshold, experts, soft_weights(scores, kept[:, experts]))
-
-    def same_fact(self, stored, new: Tensor) -> Tensor:
-        """Which stored edits speak of the fact of which new ones? Pairs (n, 2) of indices: a new edit, and one that is another.
-
-        stored: visual_keys, text_keys, visual_queries, text_queries (N, K, M) and sentinels (N,), each edit's features of both sides and the similarity
-        of its own question with the sentinel; new: indices of the new ones among them.
-        Each edit's own question is put to the other's expert. The filter's logit must be above SAME_FACT_MARGIN on the mean of both directions
-        and above -SAME_FACT_SLACK in each, and so must the match of the new question. A fixed threshold of the filter plays no part.
-        Beyond one product with all visual keys, and a comparison of its results, the work depends on near experts only.
-        """
-        dtype, pairs = stored.visual_keys.dtype, []
-        logits = lambda similarity, sentinels: self.visual_logits(similarity - sentinels)
-        for block in new.split(128):
-            similarity = self.visual_similarity(stored.visual_queries[block].to(dtype), stored.visual_keys)
-            there = logits(similarity, stored.sentinels[block, None])
-            for index, row in zip(block.tolist(), there):  # one by one: so only the near experts of one edit are gathered at a time
-                near = (row > -SAME_FACT_SLACK).nonzero().flatten()
-                back = logits(self.paired_similarity(stored.visual_queries[near].to(dtype), stored.visual_keys[index]), stored.sentinels[near])
-                text = text_similarity(stored.text_queries[index][None].to(dtype), stored.text_keys[near].to(dtype))[0]
-                same = ((row[near] + back) / 2 > SAME_FACT_MARGIN) & (back > -SAME_FACT_SLACK) & (text > -SAME_FACT_SLACK) & (near != index)
-                pairs.append(torch.stack([torch.full_like(near, index), near], dim=1)[same])
-        return torch.cat(pairs)
+        kept = kept[:, experts]
+        scores = text_similarity(features.text, text_keys[experts])
+        if self.newest_wins:
+            margin = self.visual_logits(similarity[:, experts] - threshold[:, None])
+            kept = kept & ~superseded(kept & (margin > SAME_FACT_MARGIN) & (scores > 0))
+        return Routing(similarity, threshold, experts, soft_weights(scores, kept))
 
 
-def text_similarity(query: Tensor, keys: Tensor) -> Tensor:
-    """s_e of Eq. (7): dot products rescaled by sqrt(M) and averaged over the K slots; (B, K, M), (N, K, M) -> (B, N)."""
-    return torch.einsum("bkm,nkm->bn", query, keys) / (keys.shape[1] * keys.shape[2] ** 0.5)
+def text_similarity(text: Tensor, keys: Tensor) -> Tensor:
+    """Compute s_e of Eq. (7): (B, K, M) and (N, K, M) -> (B, N).
 
-
-# ------------------------------------------------------------------------------------------------ routing losses
-
-
-def nce(logits: Tensor, positive: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """-log softmax at the positive column, mean over rows; logits (B, N), positive (B,), allowed (B, N) False leaves a column out.
-
-    Eq. (12): nce(a, b+, {b_j}) = -log( exp(a.b+) / sum_j exp(a.b_j) )
+    Dot products rescaled by sqrt(M), averaged over the K slots.
     """
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, -torch.inf)
+    return torch.einsum("bkm,nkm->bn", text, keys) / (keys.shape[1] * keys.shape[2] ** 0.5)
+
+
+def superseded(same_fact: Tensor) -> Tensor:
+    """Mark all but the last expert of each row, same_fact (B, n) in the order of editing.
+
+    Differs from the paper, in which edits of one picture and question blend half and half: experts
+    that a query clearly means speak of one fact, and of these the newest counts.
+    """
+    newer = same_fact.flip(1).cumsum(1).flip(1)  # how many from here on
+    return same_fact & (newer > 1)
+
+
+def soft_weights(scores: Tensor, kept: Tensor) -> Tensor:
+    """Weigh the kept experts by their text scores (B, n): weights (B, n), 0 where dropped."""
+    # The lowest finite number, not -inf: a row that keeps nothing then has no NaN in its gradient.
+    lowest = torch.finfo(scores.dtype).min
+    shares = scores.masked_fill(~kept, lowest).softmax(dim=-1)
+    # Eq. (7): w_e = sigmoid(s_e) * softmax over the kept experts (s_e)
+    return torch.where(kept, torch.sigmoid(scores) * shares, 0.0)
+
+
+def nce(logits: Tensor, positive: Tensor) -> Tensor:
+    """Compute -log softmax at column positive (B,) of logits (B, N), the mean over rows."""
+    # Eq. (12): nce(a, b+, {b_j}) = -log( exp(a.b+) / sum_j exp(a.b_j) )
     return F.cross_entropy(logits, positive)
 
 
-def hard_filter_loss(similar: Tensor, sentinel: Tensor, own: Tensor, is_locality: Tensor) -> Tensor:
-    """Eq. (13) for Q queries and B experts, as logits: similar (Q, B), sentinel (Q,) each with its own sentinel; own (Q,) expert index.
+def hard_filter_loss(similar: Tensor, sentinel: Tensor, own: Tensor, in_scope: Tensor) -> Tensor:
+    """Compute Eq. (13) for Q queries and B experts.
 
-    A generality query must prefer its expert to all others and to the sentinel, a locality query the sentinel to all experts.
-    Differs from Eq. (13): a generality query is a locality query of every *other* edit, so without its own expert it must prefer
-    the sentinel too. Without this term nothing pushes other edits below the threshold of a dense stream.
+    similar (Q, B) and sentinel (Q,) are logits with the experts and with the query's own sentinel;
+    own (Q,) is the query's expert, in_scope (Q,) whether that edit changes the query's answer. Such
+    a query must prefer its expert to all others and to the sentinel, any other query the sentinel.
+    Differs from Eq. (13): a query in scope is out of scope of every *other* edit, so without its
+    own expert it must prefer the sentinel too. Without this term nothing pushes other edits below
+    the threshold of a dense stream. And the temperature is learned, where cosines are compared.
     """
     logits = torch.cat([similar, sentinel[:, None]], dim=1)  # (Q, B + 1)
     last = torch.full_like(own, similar.shape[1])
-    without_own = F.one_hot(own, similar.shape[1] + 1) == 0
-    follow = nce(logits[~is_locality], own[~is_locality])
-    reject = nce(logits[is_locality], last[is_locality]) if is_locality.any() else logits.new_zeros(())
-    other = nce(logits[~is_locality], last[~is_locality], without_own[~is_locality])
-    return follow + reject + other
+    without_own = logits.scatter(1, own[:, None], -torch.inf)
+    # Eq. (13), and its third term
+    loss = nce(logits[in_scope], own[in_scope]) + nce(without_own[in_scope], last[in_scope])
+    if not in_scope.all():
+        loss = loss + nce(logits[~in_scope], last[~in_scope])
+    return loss
 
 
-def soft_router_loss(scores: Tensor, own: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses of the text soft router: scores (Q, B + L) of Q generality queries against the text keys of B edits and L locality samples.
+def soft_router_losses(scores: Tensor, own: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute (l_sr1, l_sr2) of Q queries in scope of an edit.
 
-    own (Q,) the query's expert; negative (Q,) one random other edit. Returns (l_sr1, l_sr2).
+    scores (Q, B + L) are text similarities with the keys of B edits and of L locality samples; own
+    (Q,) is the query's expert, negative (Q,) one random other edit.
     """
-    take = lambda columns: scores.gather(1, columns[:, None]).squeeze(1)
+    own_score = scores.gather(1, own[:, None]).squeeze(1)
+    other_score = scores.gather(1, negative[:, None]).squeeze(1)
     # Eq. (15): -log sigmoid(s_own) - log(1 - sigmoid(s_negative))
-    l_sr1 = -(F.logsigmoid(take(own)) + F.logsigmoid(-take(negative))).mean()
+    l_sr1 = -(F.logsigmoid(own_score) + F.logsigmoid(-other_score)).mean()
     # Eq. (16): the own expert's key against the keys of all edits and of all locality samples
     l_sr2 = nce(scores, own)
     return l_sr1, l_sr2

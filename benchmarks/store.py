@@ -1,10 +1,12 @@
-"""What a store of many edits costs: `python benchmarks/store.py` (tiny-llava), `python benchmarks/store.py --width 4096` (a 7B model's width).
+"""What a store of many edits costs: `python benchmarks/store.py`.
 
-Experts are synthetic (random keys, none near the query but four that are planted), all else is real: edits, the filter and the router, forgetting,
-saving and loading. For the width of a 7B model the backbone is LLaVA's with two thin random layers, and the editor has the paper's settings.
+`--width 4096` takes a 7B model's width: two thin random layers, and the editor of the paper.
+Experts are synthetic (random keys, none near the query but four that are planted); all else is
+real: edits, the filter and the router, forgetting, saving and loading.
 """
 
 import argparse
+import functools
 import gc
 import statistics
 import sys
@@ -20,109 +22,106 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from liveedit import Edit, LiveEdit, LiveEditConfig, Question  # noqa: E402
-from router import Query, Rows  # noqa: E402
+from router import Features, Rows  # noqa: E402
 from run import peak_memory  # noqa: E402
 
 PROMPT = "What shape is this?"
-WIDTH = 10  # of a column
+COLUMN = 10  # characters of a number
 
 
 def backbone(width: int | None):
-    """The tiny LLaVA, or one with random layers of the given hidden size."""
+    """Load the tiny LLaVA, or make one with random layers of the given hidden size."""
     if width is None:
         return AutoModelForImageTextToText.from_pretrained(HERE / "tiny-llava").eval()
     config = AutoConfig.from_pretrained(HERE / "tiny-llava")
-    config.text_config.update({"hidden_size": width, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 32,
-                               "num_key_value_heads": 32, "head_dim": width // 32})
+    sizes = {"hidden_size": width, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": width // 32}
+    config.text_config.update(sizes | heads)
     return AutoModelForImageTextToText.from_config(config).eval()
 
 
-def milliseconds(*calls, repeats: int = 20) -> list[float]:
-    """Median time of each call, taken in turn."""
-    times = [[] for _ in calls]
-    for repeat in range(repeats + 1):
-        for call, taken in zip(calls, times):
-            taken.append(1000 * seconds(call))
-    return [statistics.median(taken[1:]) for taken in times]
-
-
 def seconds(call) -> float:
+    """Time one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
+def milliseconds(*calls, repeats: int = 20) -> list[float]:
+    """Median time of each call, taken in turn."""
+    rounds = [[1000 * seconds(call) for call in calls] for _ in range(repeats + 1)]
+    return [statistics.median(times) for times in zip(*rounds[1:], strict=True)]
+
+
 def grow(editor: LiveEdit, count: int, planted: torch.Tensor) -> None:
-    """Add random experts up to a count, in blocks; the first four of all keep the planted visual key."""
+    """Add random experts up to a count, in blocks; the first four keep the planted visual key."""
     config, width = editor.config, editor.norm.weight.numel()
-    while (present := len(editor.experts)) < count:
-        n = min(1000, count - present)
-        features = lambda: F.normalize(torch.randn(n, config.slots, config.module_dim), dim=-1)
-        tensors = {"U": 0.01 * torch.randn(n, config.rank, width), "V": 0.01 * torch.randn(n, config.rank, width), "visual_keys": features(),
-                   "text_keys": features(), "visual_queries": features(), "text_queries": features(), "sentinels": torch.full((n,), 0.5)}
-        if present == 0:
+    while len(editor.experts) < count:
+        n = min(1000, count - len(editor.experts))
+        expert, key = (n, config.rank, width), (n, config.slots, config.module_dim)
+        tensors = {name: 0.01 * torch.randn(expert) for name in ("U", "V")}
+        for name in ("visual_keys", "text_keys"):
+            tensors[name] = F.normalize(torch.randn(key), dim=-1)
+        if len(editor.experts) == 0:
             tensors["visual_keys"][:4] = planted
-        first = editor.experts.next_id
-        editor.experts.add(tensors, [Edit(first + i, f"question {first + i}", f"answer {first + i}", f"{first + i:032x}", 0.0) for i in range(n)])
+        ids = range(editor.experts.next_id, editor.experts.next_id + n)
+        editor.experts.add(tensors, [Edit(i, f"question {i}", f"answer {i}", 0.0) for i in ids])
 
 
-def asking(editor: LiveEdit, query: Query, inputs: dict) -> dict[str, float]:
-    """Milliseconds of one query: the product with all visual keys, the whole routing of given features, its difference, the model, and explain."""
-    experts, router = editor.experts, editor.router
-    route = lambda: router.route(query, experts.visual_keys, experts.text_keys, experts.active)
-    assert len(route().experts) == 4, f"{len(route().experts)} experts are kept, not the four that were planted"
-    product, whole = milliseconds(lambda: router.visual_similarity(query.visual, experts.visual_keys), route)
-    model, explain = milliseconds(lambda: editor.model(**inputs), lambda: editor.explain(inputs))
-    return {"product": product, "routing": whole, "the rest": whole - product, "model": model, "explain": explain}
+def asking(editor: LiveEdit, features: Features, inputs: dict) -> dict[str, float]:
+    """Milliseconds of one query: product with all keys, the rest of the routing, model call."""
+    router = editor.router
+    visual_keys, text_keys = editor.experts.rows("visual_keys"), editor.experts.rows("text_keys")
+    kept = len(router.route(features, visual_keys, text_keys).experts)
+    assert kept == 4, f"{kept} experts are kept, not the four that were planted"
+    product, whole, model = milliseconds(
+        lambda: router.visual_similarity(features.visual, visual_keys),
+        lambda: router.route(features, visual_keys, text_keys),
+        lambda: editor.model(**inputs),
+    )
+    return {"product": product, "the rest": whole - product, "model": model}
 
 
 def changing(editor: LiveEdit, picture: Image.Image, planted: torch.Tensor) -> dict[str, float]:
-    """Milliseconds of one edit (with the search for older ones of the same fact), and of forgetting one among all."""
+    """Milliseconds of one edit, and of forgetting the oldest that is not planted."""
     count = len(editor.experts)
-    edit = statistics.median(1000 * seconds(lambda: editor.edit(picture, "Which color is it?", "red")) for _ in range(5))
-    gone = [editor.experts.edits[count // 2 + i].id for i in range(count // 4)][:100]
-    forget = 1000 * seconds(lambda: [editor.forget(i) for i in gone]) / len(gone)
+    times = [seconds(lambda: editor.edit(picture, "Which?", "red")) for _ in range(5)]
+    gone = [edit.id for edit in editor.edits()[4:9]]
+    forget = seconds(lambda: [editor.forget(edit_id) for edit_id in gone]) / len(gone)
     grow(editor, count, planted)
-    return {"edit": edit, "forget": forget}
-
-
-def files(folder: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_size for file in folder.iterdir()}
-
-
-def saving(editor: LiveEdit, folder: Path, planted: torch.Tensor) -> dict[str, float]:
-    """Seconds and MB of a whole save, and of one more with one edit more."""
-    whole, before = seconds(lambda: editor.save_pretrained(folder)), files(folder)
-    grow(editor, len(editor.experts) + 1, planted)
-    one_more = seconds(lambda: editor.save_pretrained(folder))
-    return {"save": whole, "MB": sum(before.values()) / 1e6, "one more": one_more,
-            "MB more": sum(size for name, size in files(folder).items() if name not in before) / 1e6}
+    return {"edit": 1000 * statistics.median(times), "forget": 1000 * forget}
 
 
 @torch.no_grad()
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--width", type=int, help="hidden size of a random backbone, with the paper's editor; default: tiny-llava")
-    options.add_argument("--experts", type=int, nargs="+", default=[100, 1000, 10_000, 100_000], help="sizes of the store, growing")
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--width", type=int, help="hidden size of a random backbone")
+    sizes = [100, 1000, 10_000, 100_000]
+    options.add_argument("--experts", type=int, nargs="+", default=sizes, help="of the store")
     given = options.parse_args()
     torch.manual_seed(0)
     model, processor = backbone(given.width), AutoProcessor.from_pretrained(HERE / "tiny-llava")
     picture = Image.effect_noise((64, 64), 60).convert("RGB")
-    editor = LiveEdit(model, processor, LiveEditConfig(threshold=0.5, sentinel_tokens=36, **({} if given.width else {"module_dim": 128})))
+    width = {} if given.width else {"module_dim": 128}
+    editor = LiveEdit(model, processor, LiveEditConfig(threshold=0.5, sentinel_tokens=36, **width))
     editor.trained_steps = 1  # of random weights: the edits mean nothing here
-    inputs, states = editor.encode(picture, PROMPT), editor.capture([Question(picture, PROMPT, "x")])
-    prompt, image = Rows.gather(states.hidden, states.masks.prompt), Rows.gather(states.hidden, states.masks.image)
-    # A trained sentinel is nearer to a query than experts of other pictures are. An untrained one is not; the picture itself is.
-    editor.router.sentinel.copy_(image.states)
-    query = editor.router.query(prompt, image)
-    print(f"width {editor.norm.weight.numel()}, {editor.experts.bytes_per_edit() / 1024:.1f} KiB per edit, {torch.get_num_threads()} threads; "
-          f"the unedited model takes {milliseconds(lambda: model(**inputs))[0]:.1f} ms for the query")
+    inputs = editor.encode(picture, PROMPT)
+    states = editor.capture([Question(picture, PROMPT, "x")], above=False)
+    prompt = Rows.gather(states.hidden, states.masks.prompt)
+    image = Rows.gather(states.hidden, states.masks.image)
+    features = editor.router.features(prompt, image)
+    print(
+        f"width {editor.norm.weight.numel()}, {editor.experts.bytes_per_edit() / 1024:.1f} KiB per "
+        f"edit, {torch.get_num_threads()} threads; the unedited model takes "
+        f"{milliseconds(lambda: model(**inputs))[0]:.1f} ms for the query"
+    )
     for count in given.experts:
-        present = len(editor.experts)
-        row = {"add": 1000 * seconds(lambda: grow(editor, count, query.visual)) / (count - present)}
-        row |= asking(editor, query, inputs) | changing(editor, picture, query.visual)
+        first = len(editor.experts) == 0
+        grow(editor, count, features.visual)
+        row = asking(editor, features, inputs) | changing(editor, picture, features.visual)
         with tempfile.TemporaryDirectory() as name:
-            row |= saving(editor, Path(name), query.visual)
+            row["save"] = seconds(functools.partial(editor.save_pretrained, name))
+            row["again"] = seconds(functools.partial(editor.save_pretrained, name))
             expected = model(**inputs).logits
             editor.detach()
             editor = None  # two big stores might not fit
@@ -130,11 +129,12 @@ def main() -> None:
             start = time.perf_counter()
             editor = LiveEdit.from_pretrained(model, processor, name)
             row["load"] = time.perf_counter() - start
-        assert torch.allclose(model(**inputs).logits, expected, atol=1e-4), "the loaded store answers otherwise"
-        if present == 0:
-            print("ms: add, product, routing, the rest, model, explain, edit, forget; s: save, one more, load\n"
-                  + f"{'experts':>8}" + "".join(f"{key:>{WIDTH}}" for key in row) + "   peak memory")
-        print(f"{count:>8}" + "".join(f"{value:>{WIDTH}.2f}" for value in row.values()) + f"   {peak_memory()}", flush=True)
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-4), "it answers otherwise"
+        if first:
+            print("ms: product, the rest, model, edit, forget; s: save, again, load")
+            print(f"{'experts':>8}" + "".join(f"{key:>{COLUMN}}" for key in row) + "   peak memory")
+        numbers = "".join(f"{value:>{COLUMN}.2f}" for value in row.values())
+        print(f"{count:>8}{numbers}   {peak_memory()}", flush=True)
 
 
 if __name__ == "__main__":
