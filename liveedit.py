@@ -214,10 +214,10 @@ class FrozenModel:
         self.edit_layer, self.layers_above = layers[layer], layers[layer + 1 :]
 
     def record(self, inputs: dict, above: bool, to_the_end: bool):
-        """Run the model until all is seen, or to its logits.
+        """Run the model until what the layers above are called with is seen, or to the end.
 
-        Returns ([the edit layer's output, the input of each layer above], [their (args, kwargs)],
-        logits or None).
+        Returns ([the edit layer's output], [(args, kwargs) of each layer above], None); at the end
+        the first list has the input of each layer above too, and the last entry is the logits.
         """
         hidden, calls, logits, thread = [], [], None, threading.get_ident()
         layers = self.layers_above if above else []
@@ -234,7 +234,8 @@ class FrozenModel:
         def before_layer_above(layer, args, kwargs):
             if threading.get_ident() == thread:
                 others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-                hidden.append(args[0] if args else kwargs["hidden_states"])
+                if to_the_end:
+                    hidden.append(args[0] if args else kwargs["hidden_states"])
                 calls.append((args[1:], others))
                 stop_if_seen()
 
@@ -251,7 +252,7 @@ class FrozenModel:
         finally:
             for hook in hooks:
                 hook.remove()
-        if len(hidden) != 1 + len(layers):
+        if not hidden or len(calls) != len(layers):
             raise RuntimeError(f"{type(self.model).__name__} did not call its layers once, in turn")
         return hidden, calls, logits
 
