@@ -1065,8 +1065,11 @@ class PromptEncoder:
             raise TypeError(f"the processor must be one of images and text, not {processor!r}")
         self.model, self.processor, self.prompt_style = model, processor, prompt_style
         self.tokenizer, self.image_token_id = processor.tokenizer, model.config.image_token_id
+        own = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        named = getattr(processor, "image_token", None) or own
         # What stands for a picture in a text; Gemma 3's processor looks for another token.
-        self.image_token = str(getattr(processor, "boi_token", None) or processor.image_token)
+        self.image_token = str(getattr(processor, "boi_token", None) or named)
+        self.image_tokens = {self.image_token, str(named), str(own or named)}
 
     def __call__(self, images: Sequence, prompts: Sequence, targets: Sequence | None) -> dict:
         """Encode questions that all have an image or all have none; see `LiveEdit.encode`."""
@@ -1104,7 +1107,7 @@ class PromptEncoder:
         """Strip a prompt or target. Raises ValueError for what is no text, or none to read."""
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"a {what} must be a text that is not empty, not {text!r}")
-        if self.image_token in text or str(self.processor.image_token) in text:
+        if any(token in text for token in self.image_tokens):
             raise ValueError(f"the {what} {text[:40]!r} holds the image token; pass the picture")
         return text.strip()
 

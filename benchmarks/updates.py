@@ -4,7 +4,6 @@ A third asks exactly as the first edit did, a third in other words, a third with
 then both the older and the newer question are asked. `python run.py` runs it.
 """
 
-
 from data import UPDATE_FORMS, EditSample, drawn_updates
 
 
