@@ -81,7 +81,10 @@ class Rows(NamedTuple):
 
 
 class FeatureExtractor(nn.Module):
-    """Routing features; the edit side and the input side have the same form, other weights."""
+    """Routing features; the edit side and the input side have the same form, other weights.
+
+    Learned queries and norms before the attention are as in `ExpertGenerator`.
+    """
 
     def __init__(self, hidden_size: int, module_dim: int, slots: int, heads: int):
         super().__init__()

@@ -243,8 +243,8 @@ def question(query: Query) -> Question:
 class TrainingSet:
     """Training batches as states of the edit layer, computed once where they fit in memory."""
 
-    def __init__(self, editor: LiveEdit, samples: list[EditSample], rows_at_once: int):
-        self.editor, self.samples, self.rows_at_once = editor, samples, rows_at_once
+    def __init__(self, editor: LiveEdit, samples: list[EditSample], batch_size: int):
+        self.editor, self.samples, self.batch_size = editor, samples, batch_size
         self.names = [[name for name in ROLES if name in sample.queries] for sample in samples]
         row = self._capture(samples[:2], list)[0].hidden[0]
         self.states = None
@@ -261,10 +261,10 @@ class TrainingSet:
             question(s.queries[name]) for s in samples for name in ROLES if name in s.queries
         ]
         texts = [s.queries["text_locality"] for s in samples if "text_locality" in s.queries]
-        states = self.editor.capture(pictured, self.rows_at_once, progress)
+        states = self.editor.capture(pictured, self.batch_size, progress)
         if not texts:
             return states, None
-        text = self.editor.capture([question(t) for t in texts], self.rows_at_once, above=False)
+        text = self.editor.capture([question(t) for t in texts], self.batch_size, above=False)
         return states, Rows.gather(text.hidden, text.masks.prompt)
 
     def batch(self, chosen: list[int]) -> tuple[States, Tensor, Tensor, Rows | None]:
@@ -362,6 +362,7 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
             losses = editor.training_losses(*training_set.batch(next(batches)))
             editor.zero_grad()
             losses["total"].backward()
+            # Differs from the paper: steps are cut to length 1.
             torch.nn.utils.clip_grad_norm_(editor.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
@@ -425,16 +426,16 @@ class Answer:
 
 
 @torch.no_grad()
-def answer(editor: LiveEdit, queries: list[Query], longest: int, at_once: int) -> list[Answer]:
+def answer(editor: LiveEdit, queries: list[Query], longest: int, batch_size: int) -> list[Answer]:
     """Ask the model as it stands (edited, or the original under `editor.disabled()`).
 
-    longest: tokens to generate at most; at_once: queries per forward pass.
+    longest: tokens to generate at most; batch_size: queries per forward pass.
     """
     answers: dict[int, Answer] = {}
     for pictured in (True, False):
         group = [i for i, query in enumerate(queries) if bool(query.image) == pictured]
-        for start in range(0, len(group), at_once):
-            chunk = group[start : start + at_once]
+        for start in range(0, len(group), batch_size):
+            chunk = group[start : start + batch_size]
             made = answer_batch(editor, [queries[i] for i in chunk], longest)
             answers |= dict(zip(chunk, made, strict=True))
     return [answers[i] for i in range(len(queries))]
@@ -500,11 +501,11 @@ def summarise(results: list[dict], way: str) -> dict[str, float | None]:
 
 def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Namespace):
     """Give rows of the report, all predictions, and the cost of editing."""
-    at_once, tokenizer = options.eval_batch_size, editor.processor.tokenizer
+    batch_size, tokenizer = options.eval_batch_size, editor.processor.tokenizer
     queries = [query for sample in stream for query in sample.queries.values()]
     longest = 4 + max(len(tokenizer(query.target).input_ids) for query in queries)
     with editor.disabled():
-        answers = answer(editor, queries, longest, at_once)
+        answers = answer(editor, queries, longest, batch_size)
     before = {id(query): said for query, said in zip(queries, answers, strict=True)}
     results = [judged for sample in stream for judged in judge(sample, None, 0, before, before)]
     rows, predictions, cost = [report_row(0, results)], results, {}
@@ -516,11 +517,11 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Names
             part = tested[start : start + count]
             editor.reset()
             began = time.time()
-            edits = editor.edit_many([question(sample.edit) for sample in part], at_once)
+            edits = editor.edit_many([question(sample.edit) for sample in part], batch_size)
             cost["seconds_per_edit"] = (time.time() - began) / count
             cost["bytes_per_edit"] = editor.experts.bytes_per_edit()
             queries = [query for sample in part for query in sample.queries.values()]
-            answers = answer(editor, queries, longest, at_once)
+            answers = answer(editor, queries, longest, batch_size)
             after = {id(query): said for query, said in zip(queries, answers, strict=True)}
             for sample, edit in zip(part, edits, strict=True):
                 results += judge(sample, edit.id, count, before, after)

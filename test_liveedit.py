@@ -1397,10 +1397,54 @@ def test_an_edit_between_two_tokens_leaves_positions_alone(tmp_path):
 
 
 ENCODED = "llava_next blip-2 paligemma paligemma2 gemma3 idefics3 mllama".split()
+NEED_TORCHVISION = "mistral3 qwen2_5_vl qwen3_vl llava_onevision internvl smolvlm".split()
+
+
+def processor_with_torchvision(name: str):
+    """A processor of a family whose own needs torchvision."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):
+        pytest.skip(f"the processor of {name} needs a torchvision that loads beside this torch")
+    t, square = transformers, {"size": {"height": 16, "width": 16}}
+    tokenizer = AutoProcessor.from_pretrained(TINY).tokenizer
+    added = {"image_token": "<image>", "video_token": "<video>", "start_image_token": "<start>"}
+    added |= {"end_image_token": "<end>", "context_image_token": "<image>"}
+    tokens = "<video> <start> <end> <|vision_start|> <|vision_end|> [IMG_BREAK] [IMG_END]"
+    tokens += " <fake_token_around_image> <global-img> <end_of_utterance> <row_1_col_1>"
+    tokenizer.add_tokens(tokens.split(), special_tokens=True)
+    for key, token in added.items():
+        setattr(tokenizer, key, token)
+        setattr(tokenizer, f"{key}_id", tokenizer.convert_tokens_to_ids(token))
+    if name == "mistral3":
+        patch, edge = {"height": 4, "width": 4}, {"longest_edge": 16}
+        images = t.PixtralImageProcessor(size=edge, patch_size=patch)
+        shape = {"patch_size": 4, "spatial_merge_size": 2, "image_token": "<image>"}
+        return t.PixtralProcessor(images, tokenizer, **shape)
+    if name.startswith("qwen"):
+        shape = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+        images = t.Qwen2VLImageProcessor(**shape, size={"shortest_edge": 256, "longest_edge": 1024})
+        if name == "qwen3_vl":
+            return t.Qwen3VLProcessor(images, tokenizer, t.Qwen3VLVideoProcessor())
+        return t.Qwen2_5_VLProcessor(images, tokenizer, t.Qwen2VLVideoProcessor())
+    if name == "llava_onevision":
+        images = t.LlavaOnevisionImageProcessor(**square, image_grid_pinpoints=PINPOINTS)
+        shape = {"num_image_tokens": 4, "vision_feature_select_strategy": "full"}
+        videos = t.LlavaOnevisionVideoProcessor()
+        return t.LlavaOnevisionProcessor(images, tokenizer, videos, **shape)
+    if name == "internvl":
+        images, videos = t.GotOcr2ImageProcessor(**square), t.InternVLVideoProcessor()
+        return t.InternVLProcessor(images, tokenizer, videos, image_seq_length=4)
+    pytest.importorskip("num2words", reason="SmolVLM's processor needs num2words")
+    edge = {"longest_edge": 16}
+    images = t.SmolVLMImageProcessor(size=edge, max_image_size=edge)
+    return t.SmolVLMProcessor(images, tokenizer, t.SmolVLMVideoProcessor(), image_seq_len=1)
 
 
 def family_processor(name: str):
     """A family's own processor around the tiny LLaVA's tokenizer."""
+    if name in NEED_TORCHVISION:
+        return processor_with_torchvision(name)
     t, small = transformers, {"size": {"height": 16, "width": 16}}
     tokenizer = AutoProcessor.from_pretrained(TINY).tokenizer
     shape = {"patch_size": 8, "vision_feature_select_strategy": "default"}
@@ -1435,7 +1479,7 @@ def family_processor(name: str):
     return t.Idefics3Processor(images, tokenizer, image_seq_len=1)
 
 
-@pytest.mark.parametrize("name", ENCODED)
+@pytest.mark.parametrize("name", ENCODED + NEED_TORCHVISION)
 def test_encode_follows_the_processors_of_other_families(name, tmp_path):
     model = family_model(name, tmp_path)
     editor = strong_editor(model, family_processor(name), module_dim=32)
@@ -1913,7 +1957,7 @@ def test_the_update_stream_counts_what_it_says(base, trained, monkeypatch):
     updates = data.drawn_updates(stream[:8], 2, 0)
     right, wrong = updates[0].sample, updates[1].sample
 
-    def answer(editor, queries, longest, at_once):
+    def answer(editor, queries, longest, batch_size):
         ids = [edit.id for edit in editor.edits()]
         said = [run.Answer([], [], "x", {i: 1.0}) for i in ids]
         said[right] = said[8] = run.Answer([], [], updates[0].edit.target, {ids[8]: 1.0})

@@ -14,17 +14,17 @@ def evaluate_updates(editor, stream: list[EditSample], options, answer) -> dict:
     the older edit; `false_replacements` that of edits whose own question uses another fact's edit
     but not its own.
     """
-    count, at_once = len(stream) // 5, options.eval_batch_size
+    count, batch_size = len(stream) // 5, options.eval_batch_size
     facts = stream[: len(stream) - count]
     updates = drawn_updates(facts, count, options.seed)
     editor.reset()
     queries = [sample.edit for sample in facts] + [update.edit for update in updates]
-    edits = editor.edit_many([(q.image.open(), q.prompt, q.target) for q in queries], at_once)
+    edits = editor.edit_many([(q.image.open(), q.prompt, q.target) for q in queries], batch_size)
     ids, fact_of = [edit.id for edit in edits], {}
     for edit_id, query in zip(ids, queries, strict=True):
         fact_of[edit_id] = query.fact
     longest = 4 + max(len(editor.processor.tokenizer(q.target).input_ids) for q in queries)
-    answers = answer(editor, queries, longest, at_once)
+    answers = answer(editor, queries, longest, batch_size)
     wrong = [
         bool(said.used) and all(fact_of[edit_id] != query.fact for edit_id in said.used)
         for said, query in zip(answers, queries, strict=True)
