@@ -23,7 +23,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -146,6 +146,13 @@ def arguments_of(module: nn.Module, args: tuple, kwargs: dict) -> dict:
 def first_of(values: dict, *names: str):
     """Take the first of these arguments that was given."""
     return next((values[name] for name in names if values.get(name) is not None), None)
+
+
+def in_batches(questions: list, batch_size: int) -> list[list]:
+    """Cut a list into batches. Raises ValueError for a size that is no positive integer."""
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
+    return [questions[i : i + batch_size] for i in range(0, len(questions), batch_size)]
 
 
 @contextlib.contextmanager
@@ -410,8 +417,8 @@ class LiveEdit(nn.Module):
         Raises RuntimeError on an editor that was never trained, and TypeError or ValueError for a
         question that lacks something.
         """
-        questions = self._checked_edits(list(questions))
-        chunks = [questions[i : i + batch_size] for i in range(0, len(questions), batch_size)]
+        questions = self._checked_edits(questions)
+        chunks = in_batches(questions, batch_size)
         made = [self._make_experts(self.capture(chunk, above=False)) for chunk in chunks]
         return self._add_edits(questions, made)
 
@@ -420,7 +427,7 @@ class LiveEdit(nn.Module):
 
         `labels` hold the target's tokens, -100 elsewhere; the questions are only noted down.
         """
-        questions = self._checked_edits(list(questions))
+        questions = self._checked_edits(questions)
         states = self.capture_inputs(inputs, above=False)
         complete = all(mask.any(1).all() for mask in states.masks)
         if len(states.hidden) != len(questions) or not complete:
@@ -432,6 +439,9 @@ class LiveEdit(nn.Module):
             remedy = "train it with training_losses or run.py, or load one with from_pretrained"
             raise RuntimeError(f"this editor was never trained, its experts are noise: {remedy}")
         self._check_weights()
+        if not isinstance(questions, Iterable):
+            raise TypeError(f"edits are a list of (image, prompt, target), not {questions!r}")
+        questions = list(questions)
         for question in questions:
             if not isinstance(question, (list, tuple)) or len(question) != 3:
                 raise TypeError(f"an edit is (image, prompt, target), not {question!r}")
@@ -728,7 +738,7 @@ class LiveEdit(nn.Module):
         questions = list(questions)
         if not questions:
             raise ValueError("capture needs at least one question")
-        chunks = [questions[i : i + batch_size] for i in range(0, len(questions), batch_size)]
+        chunks = in_batches(questions, batch_size)
         batches = [self.encode(*map(list, zip(*chunk, strict=True))) for chunk in progress(chunks)]
         answers = [int((inputs["labels"] != IGNORE).any(0).sum()) for inputs in batches]
         prompts = [len(i["labels"][0]) - n for i, n in zip(batches, answers, strict=True)]

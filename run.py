@@ -362,7 +362,7 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
             losses = editor.training_losses(*training_set.batch(next(batches)))
             editor.zero_grad()
             losses["total"].backward()
-            # Differs from the paper: steps are cut to length 1.
+            # Differs from the paper: gradients are cut to norm 1.
             torch.nn.utils.clip_grad_norm_(editor.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
