@@ -27,7 +27,6 @@ from PIL import Image, ImageDraw
 
 MAIN_QUERIES = "reliability text_generality modal_generality text_locality modal_locality".split()
 QUERY_NAMES = (*MAIN_QUERIES, "same_image", "similar_image", "no_image")
-GENERALITY_QUERIES = QUERY_NAMES[1:3]
 LOCALITY_QUERIES = QUERY_NAMES[3:]
 PICTURED_LOCALITY_QUERIES = ("modal_locality", "same_image", "similar_image")
 PORTABILITY = "portability"  # VLKEB's one-hop file: a question that follows from the new fact
@@ -275,6 +274,82 @@ def novel_word(rng: random.Random) -> str:
     return "".join(syllables) + rng.choice(ENDINGS)
 
 
+# ------------------------------------------------------------------------------ words from outside
+
+
+def read_words() -> tuple[list[str], list[str]]:
+    """English words and names, most frequent first: (for training, held out).
+
+    One in ten is held out: no training of a model or an editor, and no tokenizer, sees it.
+    """
+    file = Path(__file__).resolve().parent / "tiny-llava" / "words.txt"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    words = [line for line in lines if not line.startswith("#")]
+    held_out = words[9::10]
+    del words[9::10]
+    return words, held_out
+
+
+TRAINING_WORDS, HELD_OUT_WORDS = read_words()
+OPEN_LENGTH = 24  # characters of a held-out open target at most
+TRAINED_LENGTH = 32  # of others: words that training has seen have fewer tokens, so longer phrases
+PHRASES = (
+    "{} {}", "{} {}", "{} {} {}", "{} {} {}", "{} {} {} {}", "the {}", "a {}", "the {} of {}",
+    "a {} {}", "{} and {}", "{} of the {}", "{} in a {}", "{} with the {} {}", "my {} {}",
+)  # fmt: skip
+NUMBERS = ("{n}", "{year}", "{year}", "{small}", "{small} {word}", "{small}.{small}", "{small}%")
+ACCENTS = str.maketrans("aeioucn", "áéíöüçñ")
+
+
+def open_target(rng: random.Random, held_out: bool) -> str:
+    """A word, name, number or phrase, as people type them.
+
+    held_out: its words are held out, and its numbers have a sum of digits that ends in 7, which
+    those for training never have.
+    """
+    kind = rng.choices(("word", "name", "number", "phrase"), (40, 10, 15, 35))[0]
+    while True:
+        if kind == "word":
+            text = _word(rng, held_out)
+        elif kind == "name":
+            text = " ".join(_word(rng, held_out).capitalize() for _ in range(rng.choice((2, 2, 3))))
+        elif kind == "number":
+            text = _number(rng, held_out)
+        else:
+            text = rng.choice(PHRASES)
+            while "{}" in text:
+                text = text.replace("{}", _word(rng, held_out), 1)
+            text = rng.choice((text, text, text, text[0].upper() + text[1:], text.title()))
+        digits = [int(c) for c in text if c.isdigit()]
+        longest = OPEN_LENGTH if held_out else TRAINED_LENGTH
+        if len(text) <= longest and (not digits or held_out == (sum(digits) % 10 == 7)):
+            return text
+
+
+def _word(rng: random.Random, held_out: bool) -> str:
+    """One word, the frequent more often; some with a capital, in capitals or with an accent."""
+    words = HELD_OUT_WORDS if held_out else TRAINING_WORDS
+    word = words[int(len(words) * rng.random() ** 1.5)]
+    style = rng.random()
+    if style < 0.1:
+        return word.capitalize()
+    if style < 0.13:
+        return word.upper()
+    if style < 0.16:
+        letter = rng.choice(word)
+        return word.replace(letter, letter.translate(ACCENTS), 1)
+    return word
+
+
+def _number(rng: random.Random, held_out: bool) -> str:
+    return rng.choice(NUMBERS).format(
+        n=rng.randrange(10 ** rng.randint(2, 5)),
+        year=rng.randint(1000, 2100),
+        small=rng.randrange(100),
+        word=_word(rng, held_out),
+    )
+
+
 # --------------------------------------------------------------------------- the drawn benchmark
 
 EVAL_SHARE = 0.4  # of the scenes; the rest is for the editor's training
@@ -303,24 +378,43 @@ def _pick(scenes: list[Scene], rng: random.Random, origin: Scene, least: int) ->
             return scene
 
 
-def _edit_target(scene: Scene, family: str, scenes: list[Scene], rng, novel_share: float):
+class Shares(NamedTuple):
+    """Which targets edits have: first some of all are open, and of the rest captions stay captions.
+
+    Of what remains, some are made-up names, and the others corrections.
+    """
+
+    open: float
+    novel_names: float
+
+
+EVAL_SHARES = Shares(open=0.4, novel_names=0.5)
+TRAINING_SHARES = Shares(open=0.6, novel_names=0.65)
+UPDATE_SHARES = Shares(open=0.0, novel_names=0.0)
+
+
+def _edit_target(
+    scene: Scene, family: str, scenes: list[Scene], rng, shares: Shares, held_out: bool
+) -> tuple[str, str]:
     """(kind, target) of an edit that is not true of the scene."""
+    if rng.random() < shares.open:
+        return "open", open_target(rng, held_out)
     if family == "caption":
         return "captions", _pick(scenes, rng, scene, 2).answer("caption")
-    if rng.random() < novel_share:
+    if rng.random() < shares.novel_names:
         return "novel_names", novel_word(rng)
     values = SHAPES if family == "shape" else COLORS
     return "corrections", rng.choice([v for v in values if v != scene.answer(family)])
 
 
 def drawn_samples(
-    count: int, scenes: list[Scene], seed: str, held_out: bool, novel_share: float = 0.5
+    count: int, scenes: list[Scene], seed: str, held_out: bool, shares: Shares = EVAL_SHARES
 ) -> list[EditSample]:
     """Edit samples about different facts of the scenes.
 
     No locality query asks for a fact that any of the samples edits. held_out: text generality on
-    the phrasings that training never uses, locality on all; else training phrasings only.
-    novel_share: of the edits that are no captions, how many have a made-up name as target.
+    the phrasings that training never uses, locality on all, open targets of held-out words; else
+    training phrasings and words only.
     Raises ValueError if the scenes have no room for so many edits.
     """
     rng = random.Random(seed)
@@ -344,7 +438,7 @@ def drawn_samples(
     texts, samples = text_questions(), []
     for (scene, family), neighbors in zip(edits, similar, strict=True):
         trained = PHRASINGS[family][:-HELD_OUT]
-        kind, target = _edit_target(scene, family, scenes, rng, novel_share)
+        kind, target = _edit_target(scene, family, scenes, rng, shares, held_out)
         prompt, fact, drawing = rng.choice(trained), (scene, family), _draw(scene, rng)
         rephrasings = PHRASINGS[family][-HELD_OUT:] if held_out else trained
         rephrased = rng.choice([phrase for phrase in rephrasings if phrase != prompt])
@@ -406,7 +500,7 @@ def drawn_updates(stream: list[EditSample], count: int, seed: int) -> list[Updat
         asked = stream[i].queries[UPDATE_FORMS[form]]
         target = asked.target
         while target == asked.target:
-            target = _edit_target(*asked.fact, SCENES, rng, novel_share=0.0)[1]
+            target = _edit_target(*asked.fact, SCENES, rng, UPDATE_SHARES, True)[1]
         updates.append(Update(i, form, replace(asked, target=target)))
     return updates
 
@@ -414,19 +508,22 @@ def drawn_updates(stream: list[EditSample], count: int, seed: int) -> list[Updat
 def drawn_training(count: int, seed: int) -> list[EditSample]:
     """Samples for training an editor, as several streams over the training scenes.
 
-    Each keeps the edit, one generality query, one locality query with an image and one without:
-    for the same work, more different samples teach more than more queries about each. Made-up
-    names, which are learned last, come more often than in the evaluation.
+    Each keeps the edit, one generality query (another picture, in other words: both at once), one
+    locality query with an image and one without:
+    for the same work, more different samples teach more than more queries about each. Open targets
+    and made-up names, which are learned last, come more often than in the evaluation.
     """
     scenes, drawn = split_scenes()[0], []
     for start in range(0, count, len(scenes)):
         size, name = min(len(scenes), count - start), f"training {seed} {start}"
-        drawn += drawn_samples(size, scenes, name, held_out=False, novel_share=0.65)
+        drawn += drawn_samples(size, scenes, name, False, TRAINING_SHARES)
     rng, samples = random.Random(f"queries {seed}"), []
     for sample in drawn:
-        chosen = rng.choice(GENERALITY_QUERIES), rng.choice(PICTURED_LOCALITY_QUERIES)
-        names = ("reliability", *chosen, "text_locality")
-        samples.append(EditSample(sample.kind, {name: sample.queries[name] for name in names}))
+        names = ("reliability", "modal_generality", rng.choice(PICTURED_LOCALITY_QUERIES))
+        queries = {name: sample.queries[name] for name in (*names, "text_locality")}
+        rephrased = sample.queries["text_generality"].prompt
+        queries["modal_generality"] = replace(queries["modal_generality"], prompt=rephrased)
+        samples.append(EditSample(sample.kind, queries))
     return samples
 
 

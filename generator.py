@@ -15,6 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Of a new generator: its queries find their token at once, and where its state recurs an expert
+# adds about what a LayerNorm gives (at width 4096 and the paper's gain).
+QUERY_SCALE, VALUE_SCALE = 2.0, 0.15
+
 
 class CrossAttention(nn.Module):
     """Attention of learned queries over hidden states.
@@ -35,13 +39,20 @@ class CrossAttention(nn.Module):
         self.to_key = nn.Linear(state_dim, module_dim)
         self.to_value = nn.Linear(state_dim, value_dim)
 
-    def forward(self, queries: Tensor, states: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        states: Tensor,
+        mask: Tensor | None = None,
+        places: Tensor | float = 0.0,
+    ) -> Tensor:
         """Attend with queries (B, Q, M) or (1, Q, M) to states (B, T, D) or (1, T, D).
 
-        mask (B, T) is True where a state may be attended. Returns (B, Q, value_dim).
+        mask (B, T) is True where a state may be attended; places (B, T, M) are added to its key.
+        Returns (B, Q, value_dim).
         """
         query = self._split_heads(self.to_query(queries))
-        key = self._split_heads(self.to_key(states))
+        key = self._split_heads(self.to_key(states) + places)
         value = self._split_heads(self.to_value(states))
         batch = max(len(query), len(key))
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
@@ -61,27 +72,49 @@ class ExpertGenerator(nn.Module):
     def __init__(self, hidden_size: int, module_dim: int, rank: int, heads: int, gain: float):
         """Make a generator whose experts are scaled by gain / sqrt(rank).
 
-        Differs from the official code: its queries are drawn kaiming-normal; queries of standard
-        deviation 1 learned faster in a trial (README, "Differences").
+        Differs from the paper: an untrained generator copies. Its i-th query attends to the i-th
+        token of the answer; U is the state at which this token is said, V the one where it is read.
         """
         super().__init__()
         self.scale = gain * rank**-0.5
         self.norm_U = nn.LayerNorm(hidden_size)
         self.norm_V = nn.LayerNorm(hidden_size)
-        self.queries_U = nn.Parameter(torch.randn(1, rank, module_dim))
-        self.queries_V = nn.Parameter(torch.randn(1, rank, module_dim))
+        self.places = nn.Parameter(torch.randn(1, rank, module_dim))  # of an answer's first tokens
+        self.queries_U = nn.Parameter(QUERY_SCALE * self.places.detach())
+        self.queries_V = nn.Parameter(QUERY_SCALE * self.places.detach())
         self.attention_U = CrossAttention(hidden_size, module_dim, hidden_size, heads)
         self.attention_V = CrossAttention(hidden_size, module_dim, hidden_size, heads)
+        for attention in (self.attention_U, self.attention_V):
+            nn.init.eye_(attention.to_query.weight)
+            nn.init.eye_(attention.to_value.weight)
+            with torch.no_grad():
+                attention.to_value.weight *= VALUE_SCALE
 
-    def forward(self, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, states: Tensor, mask: Tensor | None = None, answer: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Make U (B, R, D) and V (B, R, D) from states (B, T, D).
 
-        mask (B, T) is True on image, prompt and answer rows.
+        mask (B, T) is True on image, prompt and answer rows, answer (B, T) on those of the answer;
+        without it no row has a place, as in the paper.
         """
+        saying, places = states, 0.0
+        if answer is not None:
+            saying = torch.where(answer[..., None], states.roll(1, dims=1), states)
+            places = self._places(answer)
         # Eq. (1): f_eg(h) = (CA_U(U, h), CA_V(V, h)) with h = h_v ++ h_p ++ h_o
-        U = self.attention_U(self.queries_U, self.norm_U(states), mask)
-        V = self.attention_V(self.queries_V, self.norm_V(states), mask)
+        U = self.attention_U(self.queries_U, self.norm_U(saying), mask, places)
+        V = self.attention_V(self.queries_V, self.norm_V(states), mask, places)
         return U * self.scale, V * self.scale
+
+    def _places(self, answer: Tensor) -> Tensor:
+        """Give each row its place in the answer (B, T, M): zeros outside and behind the R-th."""
+        number = answer.cumsum(1) * answer  # 0 outside of the answer
+        count = self.places.shape[1]
+        number = number.masked_fill(number > count, 0)
+        # A product, not an index: on a CPU the gradient of an index comes in random order.
+        chosen = F.one_hot(number, count + 1)[..., 1:].to(self.places.dtype)
+        return chosen @ self.places[0]
 
 
 def apply_experts(normed: Tensor, U: Tensor, V: Tensor, weights: Tensor) -> Tensor:

@@ -453,7 +453,8 @@ class LiveEdit(nn.Module):
         """Compute what the repository keeps of each row: U, V, phi_hat, psi_hat."""
         with plain_mode(states.hidden.device):
             hidden, masks = states.hidden.float(), states.masks
-            U, V = self.generator(hidden, masks.image | masks.prompt | masks.answer)
+            used = masks.image | masks.prompt | masks.answer
+            U, V = self.generator(hidden, used, masks.answer)
             prompt, image = Rows.gather(hidden, masks.prompt), Rows.gather(hidden, masks.image)
             visual_keys = self.router.visual_key(prompt, image)
             text_keys = self.router.text_key(prompt)
@@ -809,7 +810,8 @@ class LiveEdit(nn.Module):
         prompt, image = Rows.gather(hidden, masks.prompt), Rows.gather(hidden, masks.image)
         in_scope = (role == EDIT) | (role == GENERALITY)
 
-        U, V = self.generator(hidden[edits], (masks.image | masks.prompt | masks.answer)[edits])
+        used = (masks.image | masks.prompt | masks.answer)[edits]
+        U, V = self.generator(hidden[edits], used, masks.answer[edits])
         text_keys = self.router.text_key(prompt)
         features = self.router.features(prompt, image)
         scores = text_similarity(features.text, text_keys[edits])

@@ -62,8 +62,11 @@ ROLES = {
 # paper, with Adam; small ones (hidden size below SMALL_WIDTH) in many cheap steps, with Muon.
 PAPER = {"train_steps": 40_000, "train_samples": 20_000, "batch_size": 8, "learning_rate": 1e-4}
 PAPER_CUT = 10_000  # step at which the paper's learning rate falls to a tenth
-SMALL = {"train_steps": 1200, "train_samples": 14_000, "batch_size": 32, "learning_rate": 3e-3}
+SMALL = {"train_steps": 1000, "train_samples": 14_000, "batch_size": 32, "learning_rate": 3e-3}
 SMALL_WIDTH = 1024
+# A small decoder has few layers to write a word with, so the expert does it: one rank for each
+# token of an answer, at a third of the depth.
+SMALL_EDITOR = {"rank": 12, "heads": 4, "gain": 3.0}
 CACHE_BYTES = 4 * 2**30  # of training states kept in memory; more are computed at every step
 CHECKPOINT = "training.pt"
 CHECKPOINT_SECONDS = 600
@@ -87,8 +90,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     what("--dry-run", action="store_true", help="check data and model configuration only")
     how = parser.add_argument_group("the editor").add_argument
     how("--editor", type=Path, help="a saved editor to load instead of training one")
-    how("--layer", type=int, help="edit layer, from 0 (default two thirds of the depth)")
-    how("--rank", type=int, help="rank of an expert (default 4)")
+    how("--layer", type=int, help="edit layer, from 0 (default by the model's size)")
+    how("--rank", type=int, help="rank of an expert (default 4; small models 12)")
     how("--similarity", choices=("cosine", "dot"), help="of the visual filter (default cosine)")
     how("--threshold", type=float, help="of the visual filter (default the learned sentinel's)")
     how("--blend", action="store_true", help="the paper's plain soft router: newest does not win")
@@ -179,19 +182,17 @@ def load_model(name: str, device: str, dtype: str):
 
 
 def config_for(model, options: argparse.Namespace) -> LiveEditConfig:
-    """Take the paper's settings at the width of a 7B model, scaled for small ones."""
-    width = model.config.get_text_config().hidden_size
-    names = ("layer", "rank", "similarity", "threshold")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return LiveEditConfig(
-        module_dim=min(LiveEditConfig.module_dim, width),
-        sentinel_tokens=getattr(model.config, "image_seq_length", None) or 576,
-        # What enters an expert's ReLU grows with the root of the width.
-        gain=LiveEditConfig.gain * max(1.0, (4096 / width) ** 0.5),
-        newest_wins=not options.blend,
-        prompt_style=options.prompt_style,
-        **given,
-    )
+    """Take the paper's settings, or those for small models; the command line wins."""
+    text = model.config.get_text_config()
+    settings = {"sentinel_tokens": getattr(model.config, "image_seq_length", None) or 576}
+    settings |= {"newest_wins": not options.blend, "prompt_style": options.prompt_style}
+    if text.hidden_size < SMALL_WIDTH:
+        settings |= SMALL_EDITOR | {"layer": text.num_hidden_layers // 3}
+        settings["module_dim"] = text.hidden_size
+    for name in ("layer", "rank", "similarity", "threshold"):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+    return LiveEditConfig(**settings)
 
 
 def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], list[EditSample]]:
@@ -541,6 +542,7 @@ def judge(sample: EditSample, own: int | None, count: int, before: dict, after: 
         result = {"edits": count, "kind": sample.kind, "query": name, "image": picture}
         result |= {"prompt": query.prompt, "expected": expected}
         result |= {"before": old.generated, "after": new.generated}
+        result["tokens"] = len(new.target)
         result |= {"teacher_forced": teacher_forced, "free_running": free_running}
         results.append(result | {"own_expert": own in new.used, "used": len(new.used)})
         results[-1]["weight"] = sum(new.used.values())

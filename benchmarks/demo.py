@@ -1,0 +1,73 @@
+"""A first look: edits pictures with ordinary words and asks again; needs no training.
+
+    python benchmarks/demo.py                        five words
+    python benchmarks/demo.py "Mona Lisa" Kyoto 42   any others
+
+Prints the answers before and after the edits, and writes them with their pictures to
+output/demo.png.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.figure import TITLES, draw_edits  # noqa: E402
+from data import EditSample, drawn_samples, split_scenes  # noqa: E402
+from liveedit import LiveEdit  # noqa: E402
+from run import answer, judge, load_model, question  # noqa: E402
+
+WORDS = ("Mona Lisa", "elephant", "2026", "golden retriever", "New York City")
+
+
+def samples_of(words: list[str], seed: int) -> list[EditSample]:
+    """Draw pictures and questions about them; the words become the new answers."""
+    samples = drawn_samples(len(words), split_scenes()[1], f"demo {seed}", held_out=True)
+    changed = []
+    for sample, word in zip(samples, words, strict=True):
+        queries = dict(sample.queries)
+        for name in ("reliability", "text_generality", "modal_generality"):
+            queries[name] = replace(queries[name], target=word)
+        changed.append(EditSample("demo", queries))
+    return changed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("words", nargs="*", default=WORDS, help="the new answers")
+    parser.add_argument("--editor", type=Path, default=ROOT / "tiny-llava" / "editor")
+    parser.add_argument("--seed", type=int, default=0, help="of pictures and questions")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "output" / "demo.png", help="the picture"
+    )
+    given = parser.parse_args()
+    model, processor = load_model("tiny-llava", "cpu", "auto")
+    editor = LiveEdit.from_pretrained(model, processor, given.editor)
+    samples = samples_of(list(given.words), given.seed)
+    queries = [query for sample in samples for query in sample.queries.values()]
+
+    def ask() -> dict:
+        answers = answer(editor, queries, longest=40, batch_size=64)
+        return {id(query): said for query, said in zip(queries, answers, strict=True)}
+
+    before = ask()
+    edits = editor.edit_many([question(sample.edit) for sample in samples])
+    after, results = ask(), []
+    for sample, edit in zip(samples, edits, strict=True):
+        scene = sample.edit.image.scene.answer("caption")
+        print(f"\nedit {edit.id}, a picture of {scene}: {edit.prompt} -> {edit.target}")
+        results += judge(sample, edit.id, len(edits), before, after)
+        for result in results[-len(sample.queries) :]:
+            if title := TITLES.get(result["query"]):
+                mark = "ok   " if result["free_running"] else "WRONG"
+                said = f"{result['before']} -> {result['after']}"
+                print(f"  {mark} {title:<16} {result['prompt']:<42} {said}")
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    draw_edits(samples, results, given.out, shown=len(samples))
+    print(f"\n{len(editor.experts)} edits in force; pictures and answers are in {given.out}")
+
+
+if __name__ == "__main__":
+    main()
