@@ -12,7 +12,8 @@ One edit sample of the drawn world, shortened:
     queries["similar_image"]     <a red star on green>        "What shape is this?"   as before
     queries["no_image"]          no picture                   "What shape is this?"   as before
 
-The last three are hard locality. This module knows neither editors nor models.
+The last three are hard locality. Other kinds of targets: "captions", "novel_names" (made-up words)
+and "open" (English words, names, numbers, phrases). This module knows neither editors nor models.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     model = AutoModelForImageTextToText.from_pretrained("tiny-llava")
     processor = AutoProcessor.from_pretrained("tiny-llava")
-    editor = LiveEdit.from_pretrained(model, processor, "output/editor")  # attaches its hooks
-    edit = editor.edit(image, "What shape is this?", "heart")
+    editor = LiveEdit.from_pretrained(model, processor, "tiny-llava/editor")  # attaches its hooks
+    edit = editor.edit(image, "What shape is this?", "Mona Lisa")
     inputs = editor.encode(image, "Which shape can you see here?")
     model.generate(**inputs, max_new_tokens=20)                           # edited
     with editor.disabled():
