@@ -44,7 +44,12 @@ def main() -> None:
     )
     given = parser.parse_args()
     model, processor = load_model("tiny-llava", "cpu", "auto")
-    editor = LiveEdit.from_pretrained(model, processor, given.editor)
+    try:
+        editor = LiveEdit.from_pretrained(model, processor, given.editor)
+        for word in given.words:
+            editor.encode(None, "?", word)  # raises if it cannot be an answer
+    except (OSError, ValueError) as error:
+        sys.exit(f"demo.py: {error}")
     samples = samples_of(list(given.words), given.seed)
     queries = [query for sample in samples for query in sample.queries.values()]
 
