@@ -36,8 +36,7 @@ def main() -> None:
             cells.append([score for values in scores.values() for score in values])
             shares = [f"{100 * sum(cell) / len(cell):.0f}" if cell else "-" for cell in cells]
             print(f"| {rank} | {name} | " + " | ".join(shares) + " |")
-        counts = [str(len(cell)) for cell in cells]
-        print("| | n | " + " | ".join(counts) + " |")
+    print("| | n | " + " | ".join(str(len(cell)) for cell in cells) + " |")
 
 
 if __name__ == "__main__":
