@@ -23,6 +23,8 @@ def by_length(predictions: list[dict], query: str) -> dict[int, list[float]]:
 
 
 def main() -> None:
+    if len(sys.argv) == 1:
+        sys.exit(__doc__)
     lengths = range(1, LONGEST + 1)
     print("| rank | query |" + "".join(f" {n} |" for n in lengths) + " all |")
     print("|---" * (len(lengths) + 3) + "|")
