@@ -19,6 +19,7 @@ and "open" (English words, names, numbers, phrases). This module knows neither e
 import json
 import math
 import random
+import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,7 +103,7 @@ def _regular(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
 def _arc(radius: float, start: float, end: float, x: float = 0.0) -> list[tuple[float, float]]:
     """Points on a circle around (x, 0), from angle `start` to `end` in degrees."""
     steps = [math.radians(start + (end - start) * i / 40) for i in range(41)]
-    return [(x + radius * math.cos(a), 0.0 + radius * math.sin(a)) for a in steps]
+    return [(x + radius * math.cos(a), radius * math.sin(a)) for a in steps]
 
 
 def _heart() -> list[tuple[float, float]]:
@@ -156,7 +157,7 @@ class Scene:
         return getattr(self, family)
 
     def differences(self, other: "Scene") -> int:
-        """In how many attributes two scenes differ."""
+        """Count the attributes in which two scenes differ."""
         attributes = ("shape", "color", "background")
         return sum(getattr(self, name) != getattr(other, name) for name in attributes)
 
@@ -278,22 +279,31 @@ def novel_word(rng: random.Random) -> str:
 # ------------------------------------------------------------------------------ words from outside
 
 
+_NO_PUNCTUATION = str.maketrans(string.punctuation, " " * len(string.punctuation))
+
+
 def read_words() -> tuple[list[str], list[str]]:
     """English words and names, most frequent first: (for training, held out).
 
-    One in ten is held out: no training of a model or an editor, and no tokenizer, sees it.
+    One in ten is kept from every training of a tokenizer, model or editor. Of these, words of the
+    drawn world's questions and answers, and words so short that a random string may be one, are in
+    neither list.
     """
     file = Path(__file__).resolve().parent / "tiny-llava" / "words.txt"
     lines = file.read_text(encoding="utf-8").splitlines()
     words = [line for line in lines if not line.startswith("#")]
     held_out = words[9::10]
     del words[9::10]
-    return words, held_out
+    texts = [text for question in text_questions() for text in question]
+    texts += [phrase for phrases in PHRASINGS.values() for phrase in phrases]
+    known = set(" ".join(texts).lower().translate(_NO_PUNCTUATION).split())
+    return words, [word for word in held_out if len(word) > 3 and word.lower() not in known]
 
 
 TRAINING_WORDS, HELD_OUT_WORDS = read_words()
 OPEN_LENGTH = 24  # characters of a held-out open target at most
 TRAINED_LENGTH = 32  # of others: words that training has seen have fewer tokens, so longer phrases
+DOUBLED_LENGTH = 40  # of two in one
 PHRASES = (
     "{} {}", "{} {}", "{} {} {}", "{} {} {}", "{} {} {} {}", "the {}", "a {}", "the {} of {}",
     "a {} {}", "{} and {}", "{} of the {}", "{} in a {}", "{} with the {} {}", "my {} {}",
@@ -305,8 +315,8 @@ ACCENTS = str.maketrans("aeioucn", "áéíöüçñ")
 def open_target(rng: random.Random, held_out: bool) -> str:
     """A word, name, number or phrase, as people type them.
 
-    held_out: its words are held out, and its numbers have a sum of digits that ends in 7, which
-    those for training never have.
+    held_out: its words are held out, and its numbers have three digits or more whose sum ends in
+    7; those for training never have such a sum.
     """
     kind = rng.choices(("word", "name", "number", "phrase"), (40, 10, 15, 35))[0]
     while True:
@@ -322,8 +332,12 @@ def open_target(rng: random.Random, held_out: bool) -> str:
                 text = text.replace("{}", _word(rng, held_out), 1)
             text = rng.choice((text, text, text, text[0].upper() + text[1:], text.title()))
         digits = [int(c) for c in text if c.isdigit()]
-        longest = OPEN_LENGTH if held_out else TRAINED_LENGTH
-        if len(text) <= longest and (not digits or held_out == (sum(digits) % 10 == 7)):
+        ends_in_7 = sum(digits) % 10 == 7
+        if held_out:
+            fits = len(text) <= OPEN_LENGTH and (not digits or len(digits) > 2 and ends_in_7)
+        else:
+            fits = len(text) <= TRAINED_LENGTH and not ends_in_7
+        if fits:
             return text
 
 
@@ -380,17 +394,15 @@ def _pick(scenes: list[Scene], rng: random.Random, origin: Scene, least: int) ->
 
 
 class Shares(NamedTuple):
-    """Which targets edits have: first some of all are open, and of the rest captions stay captions.
+    """Shares of the kinds of targets; what is neither open nor made up is of the drawn world."""
 
-    Of what remains, some are made-up names, and the others corrections.
-    """
-
-    open: float
-    novel_names: float
+    open: float  # of all edits
+    novel_names: float  # of those that are neither open nor about captions
+    doubled: float = 0.0  # of the open ones, two in one: long answers
 
 
 EVAL_SHARES = Shares(open=0.4, novel_names=0.5)
-TRAINING_SHARES = Shares(open=0.6, novel_names=0.65)
+TRAINING_SHARES = Shares(open=0.6, novel_names=0.65, doubled=0.3)
 UPDATE_SHARES = Shares(open=0.0, novel_names=0.0)
 
 
@@ -399,7 +411,11 @@ def _edit_target(
 ) -> tuple[str, str]:
     """(kind, target) of an edit that is not true of the scene."""
     if rng.random() < shares.open:
-        return "open", open_target(rng, held_out)
+        target = open_target(rng, held_out)
+        if rng.random() < shares.doubled:
+            longer = f"{target} {open_target(rng, held_out)}"
+            target = longer if len(longer) <= DOUBLED_LENGTH else target
+        return "open", target
     if family == "caption":
         return "captions", _pick(scenes, rng, scene, 2).answer("caption")
     if rng.random() < shares.novel_names:

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Of a new generator: its queries find their token at once, and where its state recurs an expert
-# adds about what a LayerNorm gives (at width 4096 and the paper's gain).
+# Of a new generator. Queries are places times QUERY_SCALE: large enough that each attends to its
+# place from the start. Values are states times VALUE_SCALE: then, at the paper's gain and width
+# 4096, the residual of a matching state is about as large as a state.
 QUERY_SCALE, VALUE_SCALE = 2.0, 0.15
 
 
@@ -24,7 +25,7 @@ class CrossAttention(nn.Module):
     """Attention of learned queries over hidden states.
 
     Differs from Eq. (2): H heads, scale 1/sqrt(head width) and biases, and its users put a
-    LayerNorm before it, as in the official code.
+    LayerNorm before it, as in the official code; keys may carry places.
     """
 
     def __init__(self, state_dim: int, module_dim: int, value_dim: int, heads: int):
@@ -70,7 +71,7 @@ class ExpertGenerator(nn.Module):
     """Turns the hidden states of an edit (image, prompt and answer rows) into U and V."""
 
     def __init__(self, hidden_size: int, module_dim: int, rank: int, heads: int, gain: float):
-        """Make a generator whose experts are scaled by gain / sqrt(rank).
+        """Make a generator whose experts are scaled by gain / sqrt(rank), as in the official code.
 
         Differs from the paper: an untrained generator copies. Its i-th query attends to the i-th
         token of the answer; U is the state at which this token is said, V the one where it is read.
@@ -95,12 +96,14 @@ class ExpertGenerator(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Make U (B, R, D) and V (B, R, D) from states (B, T, D).
 
-        mask (B, T) is True on image, prompt and answer rows, answer (B, T) on those of the answer;
-        without it no row has a place, as in the paper.
+        mask (B, T) is True on image, prompt and answer rows, answer (B, T) on those of the answer.
+        Differs from the paper: keys of answer rows carry their place in the answer, and for U such
+        a row holds the state before it, which says its token. Without `answer` it is the paper's.
         """
         saying, places = states, 0.0
         if answer is not None:
-            saying = torch.where(answer[..., None], states.roll(1, dims=1), states)
+            before = F.pad(states, (0, 0, 1, 0))[:, :-1]
+            saying = torch.where(answer[..., None], before, states)
             places = self._places(answer)
         # Eq. (1): f_eg(h) = (CA_U(U, h), CA_V(V, h)) with h = h_v ++ h_p ++ h_o
         U = self.attention_U(self.queries_U, self.norm_U(saying), mask, places)

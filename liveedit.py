@@ -58,7 +58,7 @@ CACHES = ("cache", "past_key_values", "layer_past")  # names of the KV cache, th
 CONFIG_FILE = "liveedit_config.json"
 NETWORKS_FILE = "networks.safetensors"
 EXPERTS_FILE = "experts.safetensors"
-FORMAT = 2  # of saved editors
+FORMAT = 3  # of saved editors
 
 
 @dataclass(frozen=True)
@@ -847,29 +847,38 @@ class LiveEdit(nn.Module):
         Differs from the paper: the rows of a sample are summed, and hard locality is trained too.
         in_scope and role (n,): does an edit change the row's answer, and what is it for?
         """
-        row = states.masks.answer.nonzero()[:, 0]  # (tokens,) the row of each answer token
+        inside, outside = (rows.nonzero().flatten() for rows in (in_scope, ~in_scope))
+        changed = states.select(inside)
+        logits, row, share = self._edited_answers(edited[inside], changed, batch)
+        targets = changed.labels[changed.masks.answer]
+        wrong = F.cross_entropy(logits, targets, reduction="none") * share
+        of_edit = role[inside][row] == EDIT
+        losses = {
+            "reliability": wrong[of_edit].sum(),  # Eq. (8)
+            "generality": wrong[~of_edit].sum(),  # Eq. (9, 10)
+            "locality": wrong.new_zeros(()),
+        }
+        if len(outside):
+            untouched = states.select(outside)
+            logits, _, share = self._edited_answers(edited[outside], untouched, batch)
+            with torch.no_grad():
+                base = self.frozen.upper(untouched.hidden, untouched).log_softmax(-1)
+            # Eq. (11): KL( f_base || f_edited ), of rows with an image: no other row is edited.
+            drift = F.kl_div(logits.log_softmax(-1), base, reduction="none", log_target=True)
+            losses["locality"] = (drift.sum(-1) * share).sum()
+        return losses
+
+    def _edited_answers(
+        self, edited: Tensor, states: States, batch: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Give logits (tokens, vocabulary) at the answer tokens, their rows and their shares."""
+        row = states.masks.answer.nonzero()[:, 0]
         share = 1 / (states.masks.answer.sum(1)[row] * batch)
         logits = self.frozen.upper(edited.to(states.hidden.dtype), states)
         if states.hidden.dtype == torch.float16 and logits.requires_grad:
             edited.register_hook(lambda gradient: gradient / HALF_PRECISION_SCALE)
             logits.register_hook(lambda gradient: gradient * HALF_PRECISION_SCALE)
-        log_probs = logits.log_softmax(-1)
-        targets = states.labels[states.masks.answer]
-        wrong = -log_probs.gather(1, targets[:, None]).squeeze(1) * share
-        losses = {
-            "reliability": wrong[role[row] == EDIT].sum(),  # Eq. (8)
-            "generality": wrong[role[row] == GENERALITY].sum(),  # Eq. (9, 10)
-            "locality": wrong.new_zeros(()),
-        }
-        if not in_scope.all():
-            with torch.no_grad():
-                untouched = states.select((~in_scope).nonzero().flatten())
-                base = self.frozen.upper(untouched.hidden, untouched).log_softmax(-1)
-            tokens = ~in_scope[row]
-            # Eq. (11): KL( f_base || f_edited ), of rows with an image: no other row is edited.
-            drift = (base.exp() * (base - log_probs[tokens])).sum(-1)
-            losses["locality"] = (drift * share[tokens]).sum()
-        return losses
+        return logits, row, share
 
     # --------------------------------------------------------------------------------- keeping
 

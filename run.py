@@ -62,7 +62,7 @@ ROLES = {
 # paper, with Adam; small ones (hidden size below SMALL_WIDTH) in many cheap steps, with Muon.
 PAPER = {"train_steps": 40_000, "train_samples": 20_000, "batch_size": 8, "learning_rate": 1e-4}
 PAPER_CUT = 10_000  # step at which the paper's learning rate falls to a tenth
-SMALL = {"train_steps": 1000, "train_samples": 14_000, "batch_size": 32, "learning_rate": 3e-3}
+SMALL = {"train_steps": 1000, "train_samples": 14_000, "batch_size": 32, "learning_rate": 1.5e-3}
 SMALL_WIDTH = 1024
 # A small decoder has few layers to write a word with, so the expert does it: one rank for each
 # token of an answer, at a third of the depth.

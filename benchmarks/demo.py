@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.figure import TITLES, draw_edits  # noqa: E402
 from data import EditSample, drawn_samples, split_scenes  # noqa: E402
 from liveedit import LiveEdit  # noqa: E402
+from router import IGNORE  # noqa: E402
 from run import answer, judge, load_model, question  # noqa: E402
 
 WORDS = ("Mona Lisa", "elephant", "2026", "golden retriever", "New York City")
@@ -47,7 +48,11 @@ def main() -> None:
     try:
         editor = LiveEdit.from_pretrained(model, processor, given.editor)
         for word in given.words:
-            editor.encode(None, "?", word)  # raises if it cannot be an answer
+            labels = editor.encode(None, "?", word)["labels"]  # raises if it cannot be an answer
+            tokens = int((labels != IGNORE).sum())
+            if tokens > editor.config.rank:
+                most = f"an expert of this editor writes {editor.config.rank}"
+                print(f"{word!r} has {tokens} tokens with its end, {most}: it may be cut")
     except (OSError, ValueError) as error:
         sys.exit(f"demo.py: {error}")
     samples = samples_of(list(given.words), given.seed)

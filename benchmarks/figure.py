@@ -23,7 +23,7 @@ CELL, ROW, SIDE = 290, 186, 96  # pixels: width of a column, height of a row, si
 
 
 def draw_edits(stream: list[EditSample], predictions: list[dict], file: Path, shown: int = 6):
-    """Draw some edits with the answers before and after, neighbours beside them; wrong is red.
+    """Draw some edits with the answers before and after, neighbors beside them; wrong is red.
 
     predictions: as the main job writes them, those after the whole stream last.
     """
@@ -33,7 +33,7 @@ def draw_edits(stream: list[EditSample], predictions: list[dict], file: Path, sh
     chosen = []
     for kind in kinds:
         of_kind = [i for i, sample in enumerate(stream) if sample.kind == kind]
-        chosen += of_kind[: shown // len(kinds)]
+        chosen += of_kind[: max(1, shown // len(kinds))]
     font = ImageFont.load_default(12)
     size = (CELL * len(TITLES) + 10, 24 + ROW * len(chosen))
     sheet = Image.new("RGB", size, "white")
@@ -63,6 +63,8 @@ def _write(pen: ImageDraw.ImageDraw, font, at: tuple[int, int], result: dict) ->
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     folder = Path(sys.argv[1])
     options = json.loads((folder / "metrics.json").read_text())["options"]
     if options["data"] is not None:

@@ -1,4 +1,4 @@
-"""A trained editor without its edits, in half precision, to ship it.
+"""Copy a trained editor without its edits, in half precision, to ship it.
 
     python benchmarks/halve.py output/editor tiny-llava/editor
 
@@ -31,7 +31,10 @@ def main() -> None:
     with torch.no_grad():  # rounded first, so that the editor's digest is that of what is loaded
         for parameter in editor.parameters():
             parameter.copy_(parameter.half())
-    editor.save_pretrained(given.out)
+    try:
+        editor.save_pretrained(given.out)
+    except RuntimeError as error:
+        sys.exit(f"halve.py: {error}")
     file = given.out / NETWORKS_FILE
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()

@@ -1,6 +1,7 @@
-"""Whole answers right by the length of the target: `python benchmarks/lengths.py FOLDER ...`.
+"""Table of whole answers right by length: `python benchmarks/lengths.py FOLDER ...`.
 
-Reads what `python run.py --out FOLDER` left: open targets and made-up names, after all edits.
+Reads what `python run.py --out FOLDER` left: open targets and made-up names, after all edits, by
+the tokens of the target.
 """
 
 import json
@@ -26,7 +27,8 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.exit(__doc__)
     lengths = range(1, LONGEST + 1)
-    print("| rank | query |" + "".join(f" {n} |" for n in lengths) + " all |")
+    names = [*map(str, lengths[:-1]), f"{LONGEST} or more", "all"]
+    print("| rank | query | " + " | ".join(names) + " |")
     print("|---" * (len(lengths) + 3) + "|")
     for folder in map(Path, sys.argv[1:]):
         lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()

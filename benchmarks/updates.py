@@ -1,7 +1,8 @@
 """The update stream of the main job: a fifth of the edits edits earlier facts again.
 
 A third asks exactly as the first edit did, a third in other words, a third with another picture;
-then both the older and the newer question are asked. `python run.py` runs it.
+then both the older and the newer question are asked. The new values are words of the drawn world.
+`python run.py` runs it.
 """
 
 from data import UPDATE_FORMS, EditSample, drawn_updates

@@ -6,8 +6,8 @@
     stage 3  language model   projector and Llama decoder learn to answer questions about cached
                               vision features, text-only questions, and to read and repeat English
                               words, numbers, phrases and strings from outside the drawn world
-    stage 4  measure          free-running answers about drawings of scenes, and words, that no
-                              stage has seen; writes the model card
+    stage 4  measure          free-running answers about drawings of scenes that no stage has seen,
+                              and repetitions of words that none has; writes the model card
 
 Plain Hugging Face classes throughout; nothing here knows LiveEdit.
 """
@@ -56,7 +56,7 @@ from data import (  # noqa: E402  (the project's folder must be on the path firs
 
 IMAGE_SIZE, PATCH_SIZE = 48, 8
 HIDDEN = 128
-VOCABULARY = 6144
+VOCABULARY = 10_240
 ADAM_RATE, MUON_RATE = 3e-3, 0.02
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
@@ -187,7 +187,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=1024,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -199,13 +199,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
     )
     model = LlavaForConditionalGeneration(config)
     # With the usual 0.02 the hidden states forget which word was read; an editor has to find it
-    # there. The head begins as the embeddings: words that were read often can be said the same way.
+    # there. Head and embeddings are one matrix: what can be read can be said, rare words too. The
+    # last norm makes up for the embeddings' size.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=1.0)
-    model.lm_head.weight.data.copy_(0.1 * model.get_input_embeddings().weight.data)
+    torch.nn.init.constant_(model.model.language_model.norm.weight, 0.1)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -216,7 +217,7 @@ def make_optimizers(parameters: dict[str, torch.nn.Parameter]) -> tuple[list, li
 
     With Muon the language model needs a third of the steps.
     """
-    outer = ("embed", "lm_head", "heads")
+    outer = ("embed", "heads")
     matrices, others = [], []
     for name, parameter in parameters.items():
         inner = parameter.dim() == 2 and not any(part in name for part in outer)
@@ -326,15 +327,20 @@ class Packer:
     once for all its questions.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_tokens: int):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        image_tokens: int,
+        start: str = "<s>USER: ",
+        question: str = "\n{} ASSISTANT:",
+        answer: str = " {}",
+    ):
+        """Take the forms of a turn: what begins it, a question behind a picture, and an answer."""
         self.tokenizer = tokenizer
         self.ids = functools.lru_cache(100_000)(self._ids)
-        self.eos, self.pad, self.bos = (
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-            tokenizer.bos_token_id,
-        )
-        prefix = [self.bos, *self.ids("USER: ")]
+        self.eos, self.pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        self.start, self.question, self.answer = start, question, answer
+        prefix = self.ids(start)
         self.first = len(prefix)  # position of the first image token
         self.head = prefix + [tokenizer.convert_tokens_to_ids("<image>")] * image_tokens
         self.text_questions = text_questions()
@@ -361,11 +367,9 @@ class Packer:
             asked.append((rng.choice(PHRASINGS[rng.choice(FAMILIES)]), "no image", False))
         segments = []
         for question, answer, sees in asked:
-            if sees:
-                ask = self.ids(f"\n{question} ASSISTANT:")
-            else:
-                ask = [self.bos, *self.ids(f"USER: {question} ASSISTANT:")]
-            reply = [*self.ids(" " + answer), self.eos]
+            asking = self.question.format(question)
+            ask = self.ids(asking if sees else self.start + asking.lstrip())
+            reply = [*self.ids(self.answer.format(answer)), self.eos]
             segments.append((ask + reply, len(reply), sees))
         return segments
 
@@ -396,6 +400,23 @@ class Packer:
         return {"ids": ids, "positions": positions, "mask": mask, "answer": answer}
 
 
+def packed_logits(
+    model: LlavaForConditionalGeneration, packer: Packer, features: Tensor, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Give logits (tokens, vocabulary) at all answers of packed rows, and what they should say."""
+    language, answer = model.model.language_model, batch["answer"]
+    embedded = language.embed_tokens(batch["ids"])
+    before, after = embedded[:, : packer.first], embedded[:, len(packer.head) :]
+    pictures = model.model.multi_modal_projector(features)
+    states = language(
+        inputs_embeds=torch.cat([before, pictures, after], dim=1),
+        attention_mask=batch["mask"],
+        position_ids=batch["positions"],
+        use_cache=False,
+    )[0]
+    return model.lm_head(states[:, :-1][answer[:, 1:]]), batch["ids"][answer]
+
+
 def train_language(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
@@ -407,7 +428,7 @@ def train_language(
 ) -> None:
     """Train projector and decoder on packed rows."""
     packer = Packer(processor.tokenizer, features.shape[1])
-    language, projector = model.model.language_model, model.model.multi_modal_projector
+    projector = model.model.multi_modal_projector
     with torch.no_grad():  # pictures as loud as words
         projector.linear_2.weight /= projector(features[:100].float()).std()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -417,21 +438,11 @@ def train_language(
         set_rate(optimizers, rates, step, steps, warmup=100)
         rows = torch.randint(len(drawings), (batch_size,))
         batch = packer.batch([drawings[i].scene for i in rows], rng)
-        embedded = language.embed_tokens(batch["ids"])
-        before, after = embedded[:, : packer.first], embedded[:, len(packer.head) :]
-        embedded = torch.cat([before, projector(features[rows].float()), after], dim=1)
-        states = language(
-            inputs_embeds=embedded,
-            attention_mask=batch["mask"],
-            position_ids=batch["positions"],
-            use_cache=False,
-        )[0]
-        answer = batch["answer"]
-        logits = model.lm_head(states[:, :-1][answer[:, 1:]])
-        loss = F.cross_entropy(logits, batch["ids"][answer])
+        logits, wanted = packed_logits(model, packer, features[rows].float(), batch)
+        loss = F.cross_entropy(logits, wanted)
         take_step(loss, optimizers, params.values())
         if step % 50 == 49:
-            right = (logits.argmax(-1) == batch["ids"][answer]).float().mean()
+            right = (logits.argmax(-1) == wanted).float().mean()
             bar.set_postfix_str(f"loss {loss:.3f} tokens right {right:.3f}")
 
 
@@ -526,7 +537,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=FOLDER)
     options.add_argument("--drawings", type=int, default=200_000, help="of the vision tower")
     options.add_argument("--vision-steps", type=int, default=4000)
-    options.add_argument("--language-steps", type=int, default=900)
+    options.add_argument("--language-steps", type=int, default=1200)
     options.add_argument("--batch-size", type=int, default=32, help="pictures per step of stage 3")
     args = options.parse_args()
     if sys.platform == "linux":  # glibc otherwise returns freed blocks and faults them in again
