@@ -1145,10 +1145,12 @@ def test_half_precision_backbones(base, tmp_path, dtype):
 def trained(base, tmp_path_factory):
     """An editor after some seconds of training, tested on the samples that it learned from."""
     torch.manual_seed(0)
-    editor = LiveEdit(*base, LiveEditConfig(module_dim=128, sentinel_tokens=36, gain=1.0))
+    config = LiveEditConfig(layer=2, module_dim=128, sentinel_tokens=36, **run.SMALL_EDITOR)
+    editor = LiveEdit(*base, config)
     samples = data.drawn_samples(48, data.split_scenes()[0], "test", held_out=False)
     options = run.parse_options(["--out", str(tmp_path_factory.mktemp("trained"))])
-    for name, value in (run.SMALL | {"train_steps": 150, "batch_size": 12}).items():
+    few = {"train_steps": 150, "batch_size": 12, "learning_rate": 3e-3}
+    for name, value in (run.SMALL | few).items():
         setattr(options, name, value)
     options.eval_batch_size = 128
     run.train(editor, samples, options)
