@@ -2251,7 +2251,7 @@ def test_ask_answers_before_and_after(small_run, tmp_path):
 def test_readme_python_runs():
     (block,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=HERE)
-    assert result.stdout.splitlines() == ["Mona Lisa", "star"], result
+    assert [line.strip() for line in result.stdout.splitlines()] == ["Mona Lisa", "star"], result
 
 
 # --------------------------------------------------------------------------------- the tiny LLaVA
