@@ -52,7 +52,7 @@ def main() -> None:
             tokens = int((labels != IGNORE).sum())
             if tokens > editor.config.rank:
                 most = f"an expert of this editor writes {editor.config.rank}"
-                print(f"{word!r} has {tokens} tokens with its end, {most}: it may be cut")
+                print(f"{word!r} has {tokens} tokens with its end, {most}: it may end wrongly")
     except (OSError, ValueError) as error:
         sys.exit(f"demo.py: {error}")
     samples = samples_of(list(given.words), given.seed)
