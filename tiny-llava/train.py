@@ -348,8 +348,8 @@ class Packer:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def row(self, scene: Scene, rng: random.Random) -> list[tuple[list[int], int, bool]]:
-        """Give the segments of a row: (ids, how many of them are answer, sees the picture)."""
+    def asked(self, scene: Scene, rng: random.Random) -> list[tuple[str, str, bool]]:
+        """Give (question, answer, does it see the picture) of a row."""
         asked = [(rng.choice(PHRASINGS[name]), scene.answer(name), True) for name in FAMILIES]
         for form, sees in (
             (told_question, True),
@@ -365,8 +365,12 @@ class Packer:
             asked.append((question, answer, False))
         if rng.random() < 0.3:
             asked.append((rng.choice(PHRASINGS[rng.choice(FAMILIES)]), "no image", False))
+        return asked
+
+    def row(self, scene: Scene, rng: random.Random) -> list[tuple[list[int], int, bool]]:
+        """Give the segments of a row: (ids, how many of them are answer, sees the picture)."""
         segments = []
-        for question, answer, sees in asked:
+        for question, answer, sees in self.asked(scene, rng):
             asking = self.question.format(question)
             ask = self.ids(asking if sees else self.start + asking.lstrip())
             reply = [*self.ids(self.answer.format(answer)), self.eos]
