@@ -59,15 +59,19 @@ ROLES = {
     "similar_image": HARD_LOCALITY,
 }
 # How an editor is trained where the command line does not say otherwise: models of 7B as in the
-# paper, with Adam; small ones (hidden size below SMALL_WIDTH) in many cheap steps, with Muon.
+# paper, with Adam; small ones (hidden size below SMALL_WIDTH) with Muon, on many edits a step.
 PAPER = {"train_steps": 40_000, "train_samples": 20_000, "batch_size": 8, "learning_rate": 1e-4}
 PAPER_CUT = 10_000  # step at which the paper's learning rate falls to a tenth
 # At twice this learning rate experts stop to act where the first token is said: their gates die.
 SMALL = {"train_steps": 1000, "train_samples": 14_000, "batch_size": 32, "learning_rate": 1.5e-3}
 SMALL_WIDTH = 1024
-# A small decoder has few layers to write a word with, so the expert does it: one rank for each
-# token of an answer, at a third of the depth.
+# Hidden numbers per token and edit of a small model's training step: the wider the model, the fewer
+# edits, down to the paper's batch, and samples in proportion. Steps then take about as long.
+STEP_WIDTH = 2**13
+# A small decoder cannot spell a word from its beginning, so the expert does it: one rank for each
+# token of an answer. Where layers are few, most of them must lie above to make a word of it.
 SMALL_EDITOR = {"rank": 12, "heads": 4, "gain": 3.0}
+FEW_LAYERS = 12
 CACHE_BYTES = 4 * 2**30  # of training states kept in memory; more are computed at every step
 CHECKPOINT = "training.pt"
 CHECKPOINT_SECONDS = 600
@@ -188,12 +192,22 @@ def config_for(model, options: argparse.Namespace) -> LiveEditConfig:
     settings = {"sentinel_tokens": getattr(model.config, "image_seq_length", None) or 576}
     settings |= {"newest_wins": not options.blend, "prompt_style": options.prompt_style}
     if text.hidden_size < SMALL_WIDTH:
-        settings |= SMALL_EDITOR | {"layer": text.num_hidden_layers // 3}
-        settings["module_dim"] = text.hidden_size
+        settings |= SMALL_EDITOR | {"module_dim": text.hidden_size}
+    if text.num_hidden_layers < FEW_LAYERS:
+        settings["layer"] = text.num_hidden_layers // 3
     for name in ("layer", "rank", "similarity", "threshold"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
     return LiveEditConfig(**settings)
+
+
+def training_defaults(width: int) -> dict:
+    """Choose how to train an editor by the hidden size of its model."""
+    if width >= SMALL_WIDTH:
+        return PAPER
+    batch_size = max(PAPER["batch_size"], min(SMALL["batch_size"], STEP_WIDTH // width))
+    samples = SMALL["train_samples"] * batch_size // SMALL["batch_size"]
+    return SMALL | {"batch_size": batch_size, "train_samples": samples}
 
 
 def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], list[EditSample]]:
@@ -206,7 +220,7 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
         empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
     config, width = config_for(empty, options), empty.config.get_text_config().hidden_size
     layer = LiveEdit(empty, None, config).config.layer  # raises if it cannot be edited there
-    defaults = SMALL if width < SMALL_WIDTH else PAPER
+    defaults = training_defaults(width)
     for key, value in (defaults | {"eval_batch_size": max(4, 2**14 // width)}).items():
         if getattr(options, key) is None:
             setattr(options, key, value)

