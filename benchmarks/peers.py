@@ -1,0 +1,477 @@
+"""Compare LiveEdit with what one would use instead, on the same model, questions and order.
+
+    python run.py                                          first: LiveEdit's editor in output/
+    pip install peft                                       for LoRA-FT
+    python benchmarks/peers.py                             three seeds on tiny-llava
+    python benchmarks/peers.py --table FILE                the table of earlier results
+
+A method is a class with `edit`, `answer` and `reset` as `Unedited` has them; add yours to METHODS.
+Settings are chosen from its `grid` on 100 edits of training scenes, and are kept in the results.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import Query, drawn_samples, drawn_stream, split_scenes  # noqa: E402
+from liveedit import LiveEdit, find_decoder_layers, hidden_of, with_hidden  # noqa: E402
+from router import IGNORE  # noqa: E402
+from run import Answer, answer, judge, keep_freed_memory, load_model, question, report_row  # noqa: E402
+
+BATCH = 128
+TUNING_EDITS = 100
+JUDGED_BY = (
+    "reliability", "text_generality", "modal_generality", "modal_locality", "same_image",
+    "similar_image",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- methods
+
+
+class Unedited:
+    """The model as it is: the floor of reliability, the ceiling of locality."""
+
+    name, grid = "none", [{}]
+
+    def __init__(self, editor: LiveEdit):
+        """Take the model and its encoding from an editor without edits."""
+        self.editor = editor
+
+    def edit(self, edits: list[Query]) -> None:
+        """Take further edits, in this order."""
+
+    def answer(self, queries: list[Query], longest: int) -> list[Answer]:
+        """Answer as the method does after its edits, with at most `longest` tokens."""
+        return answer(self.editor, queries, longest, BATCH)
+
+    def reset(self) -> None:
+        """Drop all edits."""
+
+    def bytes(self) -> int:
+        """Tell the memory that all edits together take."""
+        return 0
+
+
+class OurEdits(Unedited):
+    """LiveEdit."""
+
+    name, grid = "LiveEdit", [{}]
+
+    def edit(self, edits):
+        self.editor.edit_many([question(query) for query in edits], BATCH)
+
+    def reset(self):
+        self.editor.reset()
+
+    def bytes(self):
+        return len(self.editor.experts) * self.editor.experts.bytes_per_edit()
+
+
+class Lookup(Unedited):
+    """Say the target of the nearest stored edit, where one is near enough."""
+
+    name = "lookup"
+    grid = [{"threshold": value} for value in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)]
+
+    def __init__(self, editor, threshold: float):
+        super().__init__(editor)
+        self.threshold, self.edits, self.keys = threshold, [], None
+        training = drawn_samples(100, split_scenes()[0], "retriever", held_out=False)
+        self.center = torch.zeros(1)
+        self.center = self.features([sample.edit for sample in training]).mean(0)
+
+    def features(self, queries: list[Query]) -> Tensor:
+        """Give hidden states of the edit layer, pooled over image and over question, (n, 2, D)."""
+        states = self.editor.capture([question(query) for query in queries], BATCH, above=False)
+        pooled = []
+        for mask in (states.masks.image, states.masks.prompt):
+            total = (states.hidden * mask[..., None]).sum(1)
+            pooled.append(total / mask.sum(1, keepdim=True))
+        return torch.stack(pooled, dim=1).float() - self.center
+
+    def nearest(self, queries: list[Query]) -> list[Query | None]:
+        """Give the nearest stored edit of each query, None where none is near."""
+        pictured = [i for i, query in enumerate(queries) if query.image]
+        found: list[Query | None] = [None] * len(queries)
+        if self.edits and pictured:
+            asked = F.normalize(self.features([queries[i] for i in pictured]), dim=-1)
+            # The mean of two cosines: of the pictures, and of the questions.
+            cosines = asked.flatten(1) @ self.keys.flatten(1).T / 2
+            for i, (cosine, k) in zip(pictured, zip(*cosines.max(1), strict=True), strict=True):
+                if cosine > self.threshold:
+                    found[i] = self.edits[k]
+        return found
+
+    def edit(self, edits):
+        keys = F.normalize(self.features(edits), dim=-1)
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys])
+        self.edits = self.edits + edits
+
+    def answer(self, queries, longest):
+        answers = super().answer(queries, longest)
+        for said, near in zip(answers, self.nearest(queries), strict=True):
+            if near:
+                labels = self.editor.encode(None, "?", near.target)["labels"][0]
+                tokens = labels[labels != IGNORE].tolist()
+                missing = max(0, len(said.target) - len(tokens))
+                said.predicted = (tokens + [IGNORE] * missing)[: len(said.target)]
+                said.generated = near.target
+        return answers
+
+    def reset(self):
+        self.edits, self.keys = [], None
+
+    def bytes(self):
+        return 0 if self.keys is None else self.keys.nbytes
+
+
+class InContext(Lookup):
+    """RAG, or IKE: the nearest stored edit is put into the prompt."""
+
+    name = "in context (RAG)"
+    forms = ("New fact: {question} {answer}. {asked}", "The answer is {answer}. {asked}")
+    grid = [
+        {"threshold": value, "form": form}
+        for form in forms
+        for value in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+    ]
+
+    def __init__(self, editor, threshold: float, form: str):
+        super().__init__(editor, threshold)
+        self.form = form
+
+    def answer(self, queries, longest):
+        asked = []
+        for query, near in zip(queries, self.nearest(queries), strict=True):
+            if near:
+                parts = {"question": near.prompt, "answer": near.target, "asked": query.prompt}
+                query = replace(query, prompt=self.form.format(**parts))
+            asked.append(query)
+        return answer(self.editor, asked, longest, BATCH)
+
+
+class FineTuned(Unedited):
+    """FT-L: Adam on one down-projection, edit after edit, each until it is said."""
+
+    name = "FT-L"
+    grid = [
+        {"rate": rate, "steps": steps} for rate in (1e-4, 3e-4, 1e-3, 3e-3) for steps in (5, 20)
+    ]
+
+    def __init__(self, editor, rate: float, steps: int):
+        super().__init__(editor)
+        layer = find_decoder_layers(editor.model)[0][editor.config.layer]
+        self.weights, self.rate, self.steps = [layer.mlp.down_proj.weight], rate, steps
+        self.original = [weight.detach().clone() for weight in self.weights]
+
+    def learn(self, batches: list[list[Query]], optimizer: torch.optim.Optimizer) -> None:
+        """Take one step on each batch."""
+        for batch in batches:
+            images, prompts, targets = map(list, zip(*map(question, batch), strict=True))
+            loss = self.editor.model(**self.editor.encode(images, prompts, targets)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Let the weights, and nothing else of the model, learn."""
+        self.editor.model.requires_grad_(False)
+        for weight in self.weights:
+            weight.requires_grad_(True)
+        return torch.optim.Adam(self.weights, lr=self.rate)
+
+    def edit(self, edits):
+        for query in edits:
+            self.learn([[query]] * self.steps, self.optimizer())
+
+    @torch.no_grad()
+    def reset(self):
+        for weight, original in zip(self.weights, self.original, strict=True):
+            weight.copy_(original)
+
+    def bytes(self):
+        return sum(weight.nbytes for weight in self.weights)
+
+
+class FineTunedOnAll(FineTuned):
+    """FT-BF: the same weights, epochs of mini-batches over all edits so far."""
+
+    name = "FT-BF"
+    grid = [
+        {"rate": rate, "steps": steps} for rate in (3e-4, 1e-3, 3e-3, 1e-2) for steps in (10, 40)
+    ]
+
+    def __init__(self, editor, rate: float, steps: int):
+        super().__init__(editor, rate, steps)
+        self.edits: list[Query] = []
+
+    def edit(self, edits):
+        self.edits = self.edits + edits
+        optimizer, rng = self.optimizer(), random.Random(0)
+        for _ in range(self.steps):
+            order = rng.sample(self.edits, len(self.edits))
+            self.learn([order[i : i + 32] for i in range(0, len(order), 32)], optimizer)
+
+    def reset(self):
+        super().reset()
+        self.edits = []
+
+
+class Adapter(FineTunedOnAll):
+    """LoRA-FT: a low-rank adapter on all attention and MLP matrices, of an expert's rank."""
+
+    name = "LoRA-FT"
+    grid = [
+        {"rate": rate, "steps": steps} for rate in (3e-4, 1e-3, 3e-3, 1e-2) for steps in (10, 40)
+    ]
+
+    def __init__(self, editor, rate: float, steps: int):
+        from peft import LoraConfig, get_peft_model
+
+        super().__init__(editor, rate, steps)
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        rank = editor.config.rank
+        chosen = r".*language_model.*\.(" + "|".join(names) + ")"
+        self.adapted = get_peft_model(
+            editor.model, LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen)
+        )
+        named = self.adapted.named_parameters()
+        self.weights = [weight for name, weight in named if "lora_" in name]
+        self.original = [weight.detach().clone() for weight in self.weights]
+
+    def close(self) -> None:
+        """Take the adapter off the model."""
+        self.adapted.unload()
+
+
+class Codebook(Unedited):
+    """GRACE: where the last state of the prompt is near a key, a learned value replaces it.
+
+    The radius is fixed; an edit nearer to an older key than that replaces the older edit.
+    """
+
+    name = "GRACE"
+    grid = [{"radius": radius, "steps": 100} for radius in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)]
+
+    def __init__(self, editor, radius: float, steps: int):
+        super().__init__(editor)
+        self.radius, self.steps, self.keys, self.values = radius, steps, None, None
+        layer = find_decoder_layers(editor.model)[0][editor.config.layer]
+        self.hooks = [
+            editor.model.register_forward_pre_hook(self.note, with_kwargs=True),
+            layer.register_forward_hook(self.replace),
+        ]
+        self.place = None  # of the prompt's last row in the call of the model
+
+    def note(self, model, args, kwargs) -> None:
+        """Note where the prompt ends: run.answer gives labels of the answer and the row before."""
+        labels, length = kwargs.get("labels"), kwargs["input_ids"].shape[1]
+        self.place = length - (1 if labels is None else labels.shape[1])
+
+    @torch.no_grad()
+    def replace(self, layer, args, output):
+        hidden = hidden_of(output)
+        if self.keys is None or hidden.shape[1] == 1:
+            return output
+        hidden = hidden.clone()
+        distance, nearest = torch.cdist(hidden[:, self.place], self.keys).min(1)
+        near = distance < self.radius * self.keys.norm(dim=1)[nearest]
+        hidden[near, self.place] = self.values[nearest[near]]
+        return with_hidden(output, hidden)
+
+    def edit(self, edits):
+        kept = (self.keys, self.values)
+        self.keys = None  # states of the unedited model
+        states = self.editor.capture([question(query) for query in edits], BATCH)
+        last = states.masks.answer.int().argmax(1) - 1
+        rows = torch.arange(len(edits))
+        keys = states.hidden[rows, last].clone()
+        values = keys.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([values], lr=0.1 * keys.std().item())
+        targets = states.labels[states.masks.answer]
+        place = F.one_hot(last, states.hidden.shape[1])[..., None]
+        for _ in range(self.steps):
+            hidden = states.hidden * (1 - place) + values[:, None] * place
+            logits = self.editor.frozen.upper(hidden, states)
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        self.keys, self.values = kept
+        for key, value in zip(keys, values.detach(), strict=True):
+            self.store(key[None], value[None])
+
+    def store(self, key: Tensor, value: Tensor) -> None:
+        """Keep one edit, in place of an older one with nearly the same key."""
+        if self.keys is None:
+            self.keys, self.values = key, value
+            return
+        distinct = (self.keys - key).norm(dim=1) > 1e-3 * key.norm()
+        self.keys = torch.cat([self.keys[distinct], key])
+        self.values = torch.cat([self.values[distinct], value])
+
+    def reset(self):
+        self.keys = self.values = None
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def bytes(self):
+        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+
+METHODS = [Unedited, OurEdits, Lookup, InContext, FineTuned, FineTunedOnAll, Adapter, Codebook]
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+
+def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]:
+    """Run the main job's protocol: after 1, 10, ... edits all of them are asked about."""
+    queries = [query for sample in stream for query in sample.queries.values()]
+    tokenizer = method.editor.processor.tokenizer
+    longest = 4 + max(len(tokenizer(query.target).input_ids) for query in queries)
+    method.reset()
+    before = told(method, queries, longest)
+    rows = []
+    for count in counts:
+        tested = stream[: max(count, min(100, len(stream) // count * count))]
+        results, editing, asking = [], 0.0, 0.0
+        for start in tqdm(range(0, len(tested), count), desc=f"{method.name}, {count} edits"):
+            part = tested[start : start + count]
+            method.reset()
+            began = time.time()
+            method.edit([sample.edit for sample in part])
+            edited = time.time()
+            asked = [query for sample in part for query in sample.queries.values()]
+            after = told(method, asked, longest)
+            editing, asking = editing + edited - began, asking + time.time() - edited
+            for sample in part:
+                results += judge(sample, None, count, before, after)
+        row = report_row(count, results) | {"seconds_per_edit": editing / len(tested)}
+        del row["router"]
+        row |= {"seconds_per_question": asking / len(results)}
+        rows.append(row | {"bytes_per_edit": method.bytes() / count})
+    method.reset()
+    return rows
+
+
+def told(method: Unedited, queries: list[Query], longest: int) -> dict[int, Answer]:
+    """Give the method's answers by the identity of the query."""
+    answers = method.answer(queries, longest)
+    return {id(query): said for query, said in zip(queries, answers, strict=True)}
+
+
+def quality(row: dict) -> float:
+    """Judge settings by the mean of all that edits may change."""
+    return statistics.mean(row["teacher_forced"][name] for name in JUDGED_BY)
+
+
+def tuned(kind, editor: LiveEdit) -> tuple[dict, list]:
+    """Choose a method's settings on edits of training scenes; give all that were tried too."""
+    if len(kind.grid) == 1:
+        return kind.grid[0], []
+    samples = drawn_samples(TUNING_EDITS, split_scenes()[0], "tuning", held_out=False)
+    tried = []
+    for settings in kind.grid:
+        method = kind(editor, **settings)
+        row = stream_rows(method, samples, [TUNING_EDITS])[0]
+        close(method)
+        tried.append({"settings": settings, "quality": round(quality(row), 2)})
+    return max(tried, key=lambda one: one["quality"])["settings"], tried
+
+
+def close(method: Unedited) -> None:
+    """Leave nothing of a method in the model."""
+    method.reset()
+    if hasattr(method, "close"):
+        method.close()
+
+
+# ----------------------------------------------------------------------------------------- report
+
+COLUMNS = {
+    "reliability": "Rel", "text_generality": "T-Gen", "modal_generality": "M-Gen",
+    "modal_locality": "M-Loc", "same_image": "Same img", "similar_image": "Similar",
+    "average": "Average",
+}  # fmt: skip
+
+
+def spread(values: list[float]) -> str:
+    """Print mean and, of several seeds, the standard deviation."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def markdown(results: dict, way: str) -> str:
+    """Print all methods at the longest stream, one row each."""
+    lines = ["| " + way.replace("_", "-") + " | " + " | ".join(COLUMNS.values()) + " |"]
+    lines.append("|---" * (len(COLUMNS) + 1) + "|")
+    for name, method in results["methods"].items():
+        last = [rows[-1][way] for rows in method["seeds"].values()]
+        cells = [spread([row[column] for row in last]) for column in COLUMNS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny-llava")
+    parser.add_argument("--editor", type=Path, default=ROOT / "output" / "editor")
+    parser.add_argument("--edits", type=int, default=500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=[kind.name for kind in METHODS])
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / "peers.json")
+    parser.add_argument("--table", type=Path, help="print the table of these results only")
+    given = parser.parse_args()
+    if given.table:
+        results = json.loads(given.table.read_text())
+        print(markdown(results, "teacher_forced") + "\n\n" + markdown(results, "free_running"))
+        return
+    keep_freed_memory()
+    model, processor = load_model(given.model, "cpu", "auto")
+    try:
+        editor = LiveEdit.from_pretrained(model, processor, given.editor)
+    except (OSError, ValueError) as error:
+        sys.exit(f"peers.py: {error}")
+    editor.reset()
+    counts = [n for n in (1, 10, 100) if n < given.edits] + [given.edits]
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    results = {"model": given.model, "edits": given.edits, "versions": versions, "methods": {}}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    for kind in METHODS:
+        if given.methods and kind.name not in given.methods:
+            continue
+        began = time.time()
+        torch.manual_seed(0)
+        settings, tried = tuned(kind, editor)
+        found = {"settings": settings, "tried": tried, "seeds": {}}
+        for seed in given.seeds:
+            method = kind(editor, **settings)
+            found["seeds"][seed] = stream_rows(method, drawn_stream(given.edits, seed), counts)
+            close(method)
+        found["seconds"] = time.time() - began
+        results["methods"][kind.name] = found
+        given.out.write_text(json.dumps(results, indent=1))
+        print(kind.name, settings, f"{found['seconds']:.0f} s")
+    print(markdown(results, "teacher_forced") + "\n\n" + markdown(results, "free_running"))
+
+
+if __name__ == "__main__":
+    main()
