@@ -1,0 +1,150 @@
+"""What LiveEdit costs on a model, as ratios that are measured in one run.
+
+    python benchmarks/speed.py                                              tiny-llava
+    python benchmarks/speed.py --model output/smol-llava --editor output/editor
+
+Prints an edit as a multiple of its pass through the lower layers; prefill and each further token
+as multiples of the unedited model's, after some numbers of edits; and how many samples a second
+the training takes, against the straightforward way: one sequence at a time, the lower layers anew
+for each loss. The edits are synthetic but for one, which the question uses.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.store import grow, milliseconds, seconds  # noqa: E402
+from data import consistent_batches, drawn_training  # noqa: E402
+from generator import apply_experts  # noqa: E402
+from liveedit import EDIT, GENERALITY, LiveEdit, Question  # noqa: E402
+from run import ROLES, TrainingSet, keep_freed_memory, load_model, question  # noqa: E402
+
+TOKENS = 20
+
+
+def cost_of_an_edit(editor: LiveEdit, asked: Question) -> dict:
+    """Compare making an edit with the pass of its tokens through the lower layers."""
+    inputs = editor.encode([asked.image], [asked.prompt], [asked.target])
+
+    def edit():
+        editor.edit_inputs(inputs, [asked])
+        editor.reset()
+
+    whole, lower = milliseconds(edit, lambda: editor.capture_inputs(inputs, above=False))
+    return {"ms": whole, "ms_lower_layers": lower, "ratio": whole / lower}
+
+
+@torch.no_grad()
+def cost_of_a_question(editor: LiveEdit, asked: Question, edits: int) -> dict:
+    """Compare prefill and further tokens with the unedited model's; the question uses one edit."""
+    editor.reset()
+    if edits:
+        unrelated = torch.randn(1, *editor.experts.shapes["visual_keys"])
+        grow(editor, edits - 1, F.normalize(unrelated, dim=-1))
+        editor.edit(*asked)
+    inputs = editor.encode(asked.image, asked.prompt)
+
+    def prefill():
+        editor.model(**inputs)
+
+    def generate(tokens: int):
+        length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        editor.model.generate(**inputs, **length, do_sample=False)
+
+    def unedited(call, *arguments):
+        with editor.disabled():
+            call(*arguments)
+
+    filled, before = milliseconds(prefill, partial(unedited, prefill))
+    first, all_, first_before, all_before = milliseconds(
+        partial(generate, 1),
+        partial(generate, 1 + TOKENS),
+        partial(unedited, generate, 1),
+        partial(unedited, generate, 1 + TOKENS),
+    )
+    return {
+        "edits": edits,
+        "prefill": filled / before,
+        "token": (all_ - first) / (all_before - first_before),
+        "ms_prefill_unedited": before,
+        "ms_token_unedited": (all_before - first_before) / TOKENS,
+    }
+
+
+def straightforward_step(editor: LiveEdit, samples: list) -> None:
+    """Compute the editing losses one sequence at a time, with whole passes for each."""
+    for sample in samples:
+        for name in ROLES:
+            if name not in sample.queries:
+                continue
+            edit = editor.capture([question(sample.edit)])
+            used = edit.masks.image | edit.masks.prompt | edit.masks.answer
+            U, V = editor.generator(edit.hidden.float(), used, edit.masks.answer)
+            row = editor.capture([question(sample.queries[name])])
+            hidden = row.hidden.float()
+            edited = hidden + apply_experts(editor.norm(hidden), U, V, hidden.new_ones(1, 1))
+            logits = editor.frozen.upper(edited.to(row.hidden.dtype), row)
+            if ROLES[name] in (EDIT, GENERALITY):
+                loss = F.cross_entropy(logits, row.labels[row.masks.answer])
+            else:
+                with torch.no_grad():
+                    again = editor.capture([question(sample.queries[name])])
+                    base = editor.frozen.upper(again.hidden, again).log_softmax(-1)
+                loss = F.kl_div(
+                    logits.log_softmax(-1), base, log_target=True, reduction="batchmean"
+                )
+            loss.backward()
+
+
+def training_speed(editor: LiveEdit, batch_size: int, steps: int) -> dict:
+    """Compare samples per second, the lower layers included on both sides."""
+    editor.reset()
+    samples = drawn_training(batch_size * steps, 0)
+    start = time.perf_counter()
+    training_set = TrainingSet(editor, samples, 128)
+    order = consistent_batches(samples, batch_size, random.Random(0))
+    for _ in range(steps):
+        editor.training_losses(*training_set.batch(next(order)))["total"].backward()
+    ours = len(samples) / (time.perf_counter() - start)
+    few = samples[:batch_size]
+    theirs = len(few) / seconds(partial(straightforward_step, editor, few))
+    return {"samples_per_second": ours, "straightforward": theirs, "ratio": ours / theirs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny-llava")
+    parser.add_argument("--editor", type=Path, default=ROOT / "tiny-llava" / "editor")
+    parser.add_argument("--edits", type=int, nargs="+", default=[0, 1, 100, 500, 10_000])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / "speed.json")
+    given = parser.parse_args()
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model, processor = load_model(given.model, "cpu", "auto")
+    editor = LiveEdit.from_pretrained(model, processor, given.editor)
+    sample = drawn_training(1, 0)[0]
+    found = {"model": given.model, "threads": torch.get_num_threads()}
+    found["edit"] = cost_of_an_edit(editor, question(sample.edit))
+    print(found["edit"])
+    found["question"] = []
+    for count in given.edits:
+        found["question"].append(cost_of_a_question(editor, question(sample.edit), count))
+        print(found["question"][-1], flush=True)
+    found["training"] = training_speed(editor, given.batch_size, steps=10)
+    print(found["training"])
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
