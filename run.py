@@ -609,7 +609,7 @@ def table(rows: list[dict]) -> str:
     for name, row in rows[-1]["router"].items():
         own, other = row["own_expert_kept"], row["other_expert_kept"]
         lines.append(f"{name:<18}{own:>12.1f}{other:>15.1f}{row['experts_kept']:>12.2f}")
-    lines.append("T-Loc and No img are 100 by construction: without an image no expert is kept.")
+    lines.append("Without an image no expert is kept: below 100, T-Loc and No img show rounding.")
     return "\n".join(lines)
 
 
