@@ -499,6 +499,7 @@ class LiveEdit(nn.Module):
             # First of all hooks, so that those that record hidden states see the edited ones.
             edit_layer.register_forward_hook(self._after_layer, with_kwargs=True, prepend=True),
             self.model.register_forward_hook(self._after_model, always_call=True),
+            self.model.get_output_embeddings().register_forward_pre_hook(_dense_input),
         ]
         if self._inner is not None:
             before = self._inner.register_forward_pre_hook(self._before_inner, with_kwargs=True)
@@ -999,6 +1000,14 @@ class LiveEdit(nn.Module):
         for name, weight in self.named_parameters():
             if not weight.isfinite().all():
                 raise ValueError(f"the editor's weight {name} holds numbers that are not finite")
+
+
+def _dense_input(head: nn.Module, args: tuple) -> tuple:
+    """Copy the head's input (B, T, D), which is a slice where not all logits are wanted.
+
+    PyTorch multiplies a slice with frozen weights row by row, and copies the whole head for each.
+    """
+    return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
 
 def random_subsets(owner: Tensor, role: Tensor, batch: int) -> Tensor:

@@ -430,6 +430,20 @@ def test_an_unedited_layer_output_is_the_same_object(base):
         hook.remove()
 
 
+def test_the_head_never_multiplies_a_slice(base):
+    """Its frozen weights would be copied for each row of a batch, and rounded otherwise."""
+    model, processor = base
+    strides = []
+    editor = strong_editor(model, processor)
+    spy = model.lm_head.register_forward_pre_hook(lambda m, a: strides.append(a[0].stride()))
+    inputs = editor.encode([picture(1), picture(2)], QUESTIONS[:2])
+    model(**inputs, logits_to_keep=2)
+    model.generate(**inputs, max_new_tokens=2)
+    spy.remove()
+    width = model.config.get_text_config().hidden_size
+    assert strides == [(2 * width, width, 1), *[(width, width, 1)] * 2]
+
+
 def test_detached_and_disabled_are_bit_equal_and_foreign_hooks_survive(base):
     model, processor = base
     calls, layer = [], liveedit.find_decoder_layers(model)[0][3]
