@@ -2,14 +2,16 @@
 
     python run.py                                          first: LiveEdit's editor in output/
     pip install peft                                       for LoRA-FT
-    python benchmarks/peers.py                             three seeds on tiny-llava
+    python benchmarks/peers.py                             three streams on tiny-llava
     python benchmarks/peers.py --table FILE                the table of earlier results
 
 A method is a class with `edit`, `answer` and `reset` as `Unedited` has them; add yours to METHODS.
-Settings are chosen from its `grid` on 100 edits of training scenes, and are kept in the results.
+Settings are chosen from its `grid` on a stream as long, of training scenes, and are kept in the
+results with all that were tried. LiveEdit is one trained editor; the others need no training.
 """
 
 import argparse
+import importlib.util
 import json
 import random
 import statistics
@@ -32,10 +34,9 @@ from router import IGNORE  # noqa: E402
 from run import Answer, answer, judge, keep_freed_memory, load_model, question, report_row  # noqa: E402
 
 BATCH = 128
-TUNING_EDITS = 100
 JUDGED_BY = (
-    "reliability", "text_generality", "modal_generality", "modal_locality", "same_image",
-    "similar_image",
+    "reliability", "text_generality", "modal_generality", "text_locality", "modal_locality",
+    "same_image", "similar_image",
 )  # fmt: skip
 
 
@@ -61,8 +62,12 @@ class Unedited:
     def reset(self) -> None:
         """Drop all edits."""
 
+    def close(self) -> None:
+        """Leave nothing in the model."""
+        self.reset()
+
     def bytes(self) -> int:
-        """Tell the memory that all edits together take."""
+        """Tell the memory of all edits' tensors (not of texts and pictures that are kept)."""
         return 0
 
 
@@ -81,27 +86,44 @@ class OurEdits(Unedited):
         return len(self.editor.experts) * self.editor.experts.bytes_per_edit()
 
 
+NEARNESS = [
+    {"threshold": threshold, "by": by}
+    for by in ("pooled", "last")
+    for threshold in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+]
+
+
 class Lookup(Unedited):
     """Say the target of the nearest stored edit, where one is near enough."""
 
-    name = "lookup"
-    grid = [{"threshold": value} for value in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)]
+    name, grid = "lookup", NEARNESS
 
-    def __init__(self, editor, threshold: float):
+    def __init__(self, editor, threshold: float, by: str):
+        """Take the least similarity and what a question is known by: see `features`."""
         super().__init__(editor)
-        self.threshold, self.edits, self.keys = threshold, [], None
+        self.threshold, self.by, self.edits, self.keys = threshold, by, [], None
         training = drawn_samples(100, split_scenes()[0], "retriever", held_out=False)
         self.center = torch.zeros(1)
         self.center = self.features([sample.edit for sample in training]).mean(0)
 
+    @torch.no_grad()
     def features(self, queries: list[Query]) -> Tensor:
-        """Give hidden states of the edit layer, pooled over image and over question, (n, 2, D)."""
-        states = self.editor.capture([question(query) for query in queries], BATCH, above=False)
-        pooled = []
-        for mask in (states.masks.image, states.masks.prompt):
-            total = (states.hidden * mask[..., None]).sum(1)
-            pooled.append(total / mask.sum(1, keepdim=True))
-        return torch.stack(pooled, dim=1).float() - self.center
+        """Give features (n, 2, D) of picture and question.
+
+        The picture's are its hidden states at the edit layer, pooled; the question's those of the
+        text, pooled ("pooled"), or the model's last state, which says the answer ("last").
+        """
+        parts = []
+        for i in range(0, len(queries), BATCH):
+            asked = [question(query) for query in queries[i : i + BATCH]]
+            inputs = self.editor.encode([q.image for q in asked], [q.prompt for q in asked])
+            states = self.editor.model(**inputs, output_hidden_states=True).hidden_states
+            hidden = states[self.editor.config.layer + 1].float()
+            image = inputs["input_ids"] == self.editor.model.config.image_token_id
+            text = inputs["attention_mask"].bool() & ~image
+            asked_for = states[-1][:, -1].float() if self.by == "last" else pooled(hidden, text)
+            parts.append(torch.stack([pooled(hidden, image), asked_for], dim=1))
+        return torch.cat(parts) - self.center
 
     def nearest(self, queries: list[Query]) -> list[Query | None]:
         """Give the nearest stored edit of each query, None where none is near."""
@@ -144,14 +166,10 @@ class InContext(Lookup):
 
     name = "in context (RAG)"
     forms = ("New fact: {question} {answer}. {asked}", "The answer is {answer}. {asked}")
-    grid = [
-        {"threshold": value, "form": form}
-        for form in forms
-        for value in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
-    ]
+    grid = [near | {"form": form} for form in forms for near in NEARNESS]
 
-    def __init__(self, editor, threshold: float, form: str):
-        super().__init__(editor, threshold)
+    def __init__(self, editor, threshold: float, by: str, form: str):
+        super().__init__(editor, threshold, by)
         self.form = form
 
     def answer(self, queries, longest):
@@ -165,7 +183,7 @@ class InContext(Lookup):
 
 
 class FineTuned(Unedited):
-    """FT-L: Adam on one down-projection, edit after edit, each until it is said."""
+    """FT-L: Adam on one down-projection, edit after edit, some steps each."""
 
     name = "FT-L"
     grid = [
@@ -178,14 +196,17 @@ class FineTuned(Unedited):
         self.weights, self.rate, self.steps = [layer.mlp.down_proj.weight], rate, steps
         self.original = [weight.detach().clone() for weight in self.weights]
 
-    def learn(self, batches: list[list[Query]], optimizer: torch.optim.Optimizer) -> None:
-        """Take one step on each batch."""
-        for batch in batches:
-            images, prompts, targets = map(list, zip(*map(question, batch), strict=True))
-            loss = self.editor.model(**self.editor.encode(images, prompts, targets)).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    def encoded(self, batch: list[Query]) -> dict:
+        """Make model inputs with labels."""
+        images, prompts, targets = map(list, zip(*map(question, batch), strict=True))
+        return self.editor.encode(images, prompts, targets)
+
+    def learn(self, inputs: dict, optimizer: torch.optim.Optimizer) -> None:
+        """Take one step."""
+        loss = self.editor.model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Let the weights, and nothing else of the model, learn."""
@@ -196,12 +217,20 @@ class FineTuned(Unedited):
 
     def edit(self, edits):
         for query in edits:
-            self.learn([[query]] * self.steps, self.optimizer())
+            inputs, optimizer = self.encoded([query]), self.optimizer()
+            for _ in range(self.steps):
+                self.learn(inputs, optimizer)
 
     @torch.no_grad()
     def reset(self):
         for weight, original in zip(self.weights, self.original, strict=True):
             weight.copy_(original)
+
+    def close(self):
+        self.reset()
+        for weight in self.weights:
+            weight.requires_grad_(False)
+            weight.grad = None
 
     def bytes(self):
         return sum(weight.nbytes for weight in self.weights)
@@ -224,7 +253,8 @@ class FineTunedOnAll(FineTuned):
         optimizer, rng = self.optimizer(), random.Random(0)
         for _ in range(self.steps):
             order = rng.sample(self.edits, len(self.edits))
-            self.learn([order[i : i + 32] for i in range(0, len(order), 32)], optimizer)
+            for i in range(0, len(order), 32):
+                self.learn(self.encoded(order[i : i + 32]), optimizer)
 
     def reset(self):
         super().reset()
@@ -253,19 +283,22 @@ class Adapter(FineTunedOnAll):
         self.weights = [weight for name, weight in named if "lora_" in name]
         self.original = [weight.detach().clone() for weight in self.weights]
 
-    def close(self) -> None:
-        """Take the adapter off the model."""
+    def close(self):
         self.adapted.unload()
 
 
 class Codebook(Unedited):
     """GRACE: where the last state of the prompt is near a key, a learned value replaces it.
 
-    The radius is fixed; an edit nearer to an older key than that replaces the older edit.
+    The radius is a share of the key's length, and fixed; an edit of the same key replaces it.
     """
 
     name = "GRACE"
-    grid = [{"radius": radius, "steps": 100} for radius in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)]
+    grid = [
+        {"radius": radius, "steps": steps}
+        for radius in (0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.13, 0.17, 0.22)
+        for steps in (50, 200)
+    ]
 
     def __init__(self, editor, radius: float, steps: int):
         super().__init__(editor)
@@ -296,10 +329,17 @@ class Codebook(Unedited):
     def edit(self, edits):
         kept = (self.keys, self.values)
         self.keys = None  # states of the unedited model
+        learned = [self.learned(edits[i : i + 32]) for i in range(0, len(edits), 32)]
+        self.keys, self.values = kept
+        for keys, values in learned:
+            for key, value in zip(keys, values, strict=True):
+                self.store(key[None], value[None])
+
+    def learned(self, edits: list[Query]) -> tuple[Tensor, Tensor]:
+        """Give keys and values (n, D): the prompts' last states, and what says the targets."""
         states = self.editor.capture([question(query) for query in edits], BATCH)
         last = states.masks.answer.int().argmax(1) - 1
-        rows = torch.arange(len(edits))
-        keys = states.hidden[rows, last].clone()
+        keys = states.hidden[torch.arange(len(edits)), last].clone()
         values = keys.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([values], lr=0.1 * keys.std().item())
         targets = states.labels[states.masks.answer]
@@ -311,9 +351,7 @@ class Codebook(Unedited):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        self.keys, self.values = kept
-        for key, value in zip(keys, values.detach(), strict=True):
-            self.store(key[None], value[None])
+        return keys, values.detach()
 
     def store(self, key: Tensor, value: Tensor) -> None:
         """Keep one edit, in place of an older one with nearly the same key."""
@@ -327,13 +365,17 @@ class Codebook(Unedited):
     def reset(self):
         self.keys = self.values = None
 
-    def close(self) -> None:
-        """Take the hooks off the model."""
+    def close(self):
         for hook in self.hooks:
             hook.remove()
 
     def bytes(self):
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+
+def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Average the masked rows of hidden (n, T, D)."""
+    return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
 METHODS = [Unedited, OurEdits, Lookup, InContext, FineTuned, FineTunedOnAll, Adapter, Codebook]
@@ -352,21 +394,19 @@ def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]
     rows = []
     for count in counts:
         tested = stream[: max(count, min(100, len(stream) // count * count))]
-        results, editing, asking = [], 0.0, 0.0
+        results, editing = [], 0.0
         for start in tqdm(range(0, len(tested), count), desc=f"{method.name}, {count} edits"):
             part = tested[start : start + count]
             method.reset()
             began = time.time()
             method.edit([sample.edit for sample in part])
-            edited = time.time()
+            editing += time.time() - began
             asked = [query for sample in part for query in sample.queries.values()]
             after = told(method, asked, longest)
-            editing, asking = editing + edited - began, asking + time.time() - edited
             for sample in part:
                 results += judge(sample, None, count, before, after)
         row = report_row(count, results) | {"seconds_per_edit": editing / len(tested)}
         del row["router"]
-        row |= {"seconds_per_question": asking / len(results)}
         rows.append(row | {"bytes_per_edit": method.bytes() / count})
     method.reset()
     return rows
@@ -383,33 +423,27 @@ def quality(row: dict) -> float:
     return statistics.mean(row["teacher_forced"][name] for name in JUDGED_BY)
 
 
-def tuned(kind, editor: LiveEdit) -> tuple[dict, list]:
+def tuned(kind, editor: LiveEdit, edits: int) -> tuple[dict, list]:
     """Choose a method's settings on edits of training scenes; give all that were tried too."""
     if len(kind.grid) == 1:
         return kind.grid[0], []
-    samples = drawn_samples(TUNING_EDITS, split_scenes()[0], "tuning", held_out=False)
-    tried = []
+    samples, tried = drawn_samples(edits, split_scenes()[0], "tuning", held_out=False), []
     for settings in kind.grid:
+        torch.manual_seed(0)
         method = kind(editor, **settings)
-        row = stream_rows(method, samples, [TUNING_EDITS])[0]
-        close(method)
-        tried.append({"settings": settings, "quality": round(quality(row), 2)})
-    return max(tried, key=lambda one: one["quality"])["settings"], tried
-
-
-def close(method: Unedited) -> None:
-    """Leave nothing of a method in the model."""
-    method.reset()
-    if hasattr(method, "close"):
+        row = stream_rows(method, samples, [edits])[0]
         method.close()
+        tried.append({"settings": settings, "quality": round(quality(row), 2)})
+        print(kind.name, tried[-1], flush=True)
+    return max(tried, key=lambda one: one["quality"])["settings"], tried
 
 
 # ----------------------------------------------------------------------------------------- report
 
 COLUMNS = {
     "reliability": "Rel", "text_generality": "T-Gen", "modal_generality": "M-Gen",
-    "modal_locality": "M-Loc", "same_image": "Same img", "similar_image": "Similar",
-    "average": "Average",
+    "text_locality": "T-Loc", "modal_locality": "M-Loc", "same_image": "Same img",
+    "similar_image": "Similar", "average": "Average",
 }  # fmt: skip
 
 
@@ -444,8 +478,12 @@ def main() -> None:
         results = json.loads(given.table.read_text())
         print(markdown(results, "teacher_forced") + "\n\n" + markdown(results, "free_running"))
         return
+    chosen = [kind for kind in METHODS if not given.methods or kind.name in given.methods]
+    if Adapter in chosen and importlib.util.find_spec("peft") is None:
+        sys.exit("peers.py: LoRA-FT needs `pip install peft`; or choose other --methods")
     keep_freed_memory()
-    model, processor = load_model(given.model, "cpu", "auto")
+    # In single precision: with less, small steps of the fine-tuned weights are lost.
+    model, processor = load_model(given.model, "cpu", "float32")
     try:
         editor = LiveEdit.from_pretrained(model, processor, given.editor)
     except (OSError, ValueError) as error:
@@ -454,18 +492,19 @@ def main() -> None:
     counts = [n for n in (1, 10, 100) if n < given.edits] + [given.edits]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     results = {"model": given.model, "edits": given.edits, "versions": versions, "methods": {}}
+    if given.out.exists():  # of other methods
+        results["methods"] = json.loads(given.out.read_text())["methods"]
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    for kind in METHODS:
-        if given.methods and kind.name not in given.methods:
-            continue
+    for kind in chosen:
         began = time.time()
-        torch.manual_seed(0)
-        settings, tried = tuned(kind, editor)
-        found = {"settings": settings, "tried": tried, "seeds": {}}
+        settings, tried = tuned(kind, editor, given.edits)
+        found = {"settings": settings, "seconds_of_tuning": time.time() - began, "tried": tried}
+        found["seeds"] = {}
         for seed in given.seeds:
+            torch.manual_seed(seed)
             method = kind(editor, **settings)
-            found["seeds"][seed] = stream_rows(method, drawn_stream(given.edits, seed), counts)
-            close(method)
+            found["seeds"][str(seed)] = stream_rows(method, drawn_stream(given.edits, seed), counts)
+            method.close()
         found["seconds"] = time.time() - began
         results["methods"][kind.name] = found
         given.out.write_text(json.dumps(results, indent=1))

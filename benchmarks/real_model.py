@@ -1,7 +1,7 @@
 """What only a real language model can show: plain calls of one whose edits are in force.
 
-    python run.py --model output/smol-llava                trains an editor and streams its edits
-    python benchmarks/real_model.py                        less than ten minutes on 2 CPU cores
+    python run.py --model output/smol-llava   trains an editor and streams its edits
+    python benchmarks/real_model.py           less than ten minutes on 2 CPU cores
 
 Asks general questions without a picture, questions about edited pictures that no training knows,
 edited questions in a chat of two turns, by sampling, and of a model with int8 weights; writes
@@ -19,13 +19,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.smol_llava import GENERAL_QUESTIONS  # noqa: E402
-from data import drawn_stream  # noqa: E402
+from data import PHRASINGS, drawn_stream  # noqa: E402
 from liveedit import LiveEdit  # noqa: E402
 from run import load_model, normalise  # noqa: E402
 
 UNTRAINED_QUESTIONS = (
-    "Is this an animal?", "Could you eat this?", "Describe this picture.", "What is this used for?",
-    "Is it day or night here?",
+    "Is this an animal?", "Could you eat this?", "Is there any text in it?",
+    "What is this used for?", "Is it day or night here?",
 )  # fmt: skip
 
 
@@ -93,10 +93,13 @@ def measure(editor: LiveEdit, samples: list, stream_length: int) -> dict:
     others = [sample.queries["same_image"] for sample in samples]
     found = {"edits": stream_length, "n": len(samples)}
 
+    # No edit is used without a picture, so these two must come out as True and 100.
     found["general_logits_equal"] = general_logits_equal(editor)
     general = [[turn("user", text)] for text in GENERAL_QUESTIONS]
     found["general_same"] = same(editor, general, None, 40)
 
+    trained = {phrase for phrases in PHRASINGS.values() for phrase in phrases}
+    assert trained.isdisjoint(UNTRAINED_QUESTIONS)
     for question in UNTRAINED_QUESTIONS:
         chats = [[turn("user", question, True)] for _ in samples]
         found.setdefault("untrained_same", {})[question] = same(editor, chats, images, 20)
@@ -133,16 +136,19 @@ def int8(editor: LiveEdit, asked: list, images: list, targets: list[str]) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="output/smol-llava")
     parser.add_argument("--run", type=Path, default=Path("output"), help="run.py's output folder")
     parser.add_argument("--count", type=int, default=100, help="edits to ask about")
     options = parser.parse_args()
     torch.manual_seed(0)
     ran = json.loads((options.run / "metrics.json").read_text())["options"]
+    if ran["data"]:
+        sys.exit(f"real_model.py: {options.run} is no run on the drawn world")
     stream = drawn_stream(ran["edits"], ran["seed"])
-    editor = LiveEdit.from_pretrained(
-        *load_model(options.model, "cpu", "auto"), options.run / "editor"
-    )
+    model, processor = load_model(ran["model"], "cpu", "auto")
+    editor = LiveEdit.from_pretrained(model, processor, options.run / "editor")
+    in_force = [(edit.prompt, edit.target) for edit in editor.edits()]
+    if in_force != [(sample.edit.prompt, sample.edit.target) for sample in stream]:
+        sys.exit(f"real_model.py: the edits in {options.run / 'editor'} are not those of its run")
     samples = random.Random(0).sample(stream, min(options.count, len(stream)))
     found = measure(editor, samples, len(editor.experts))
     (options.run / "real_model.json").write_text(json.dumps(found, indent=1))

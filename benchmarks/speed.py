@@ -12,8 +12,8 @@ for each loss. The edits are synthetic but for one, which the question uses.
 import argparse
 import json
 import random
+import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from benchmarks.store import grow, milliseconds, seconds  # noqa: E402
 from data import consistent_batches, drawn_training  # noqa: E402
 from generator import apply_experts  # noqa: E402
 from liveedit import EDIT, GENERALITY, LiveEdit, Question  # noqa: E402
-from run import ROLES, TrainingSet, keep_freed_memory, load_model, question  # noqa: E402
+from run import ROLES, TrainingSet, keep_freed_memory, load_model, question, training_defaults  # noqa: E402
 
 TOKENS = 20
 
@@ -44,8 +44,8 @@ def cost_of_an_edit(editor: LiveEdit, asked: Question) -> dict:
 
 
 @torch.no_grad()
-def cost_of_a_question(editor: LiveEdit, asked: Question, edits: int) -> dict:
-    """Compare prefill and further tokens with the unedited model's; the question uses one edit."""
+def cost_of_a_question(editor: LiveEdit, bare, asked: Question, edits: int) -> dict:
+    """Compare prefill and further tokens with those of the bare model, which has no editor."""
     editor.reset()
     if edits:
         unrelated = torch.randn(1, *editor.experts.shapes["visual_keys"])
@@ -53,23 +53,20 @@ def cost_of_a_question(editor: LiveEdit, asked: Question, edits: int) -> dict:
         editor.edit(*asked)
     inputs = editor.encode(asked.image, asked.prompt)
 
-    def prefill():
-        editor.model(**inputs)
+    assert len(editor.explain(inputs)[0]) == min(1, edits)
 
-    def generate(tokens: int):
+    def generate(model, tokens: int):
         length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        editor.model.generate(**inputs, **length, do_sample=False)
+        model.generate(**inputs, **length, do_sample=False)
 
-    def unedited(call, *arguments):
-        with editor.disabled():
-            call(*arguments)
-
-    filled, before = milliseconds(prefill, partial(unedited, prefill))
+    filled, before = milliseconds(
+        partial(editor.model, **inputs, logits_to_keep=1), partial(bare, **inputs, logits_to_keep=1)
+    )
     first, all_, first_before, all_before = milliseconds(
-        partial(generate, 1),
-        partial(generate, 1 + TOKENS),
-        partial(unedited, generate, 1),
-        partial(unedited, generate, 1 + TOKENS),
+        partial(generate, editor.model, 1),
+        partial(generate, editor.model, 1 + TOKENS),
+        partial(generate, bare, 1),
+        partial(generate, bare, 1 + TOKENS),
     )
     return {
         "edits": edits,
@@ -83,11 +80,9 @@ def cost_of_a_question(editor: LiveEdit, asked: Question, edits: int) -> dict:
 def straightforward_step(editor: LiveEdit, samples: list) -> None:
     """Compute the editing losses one sequence at a time, with whole passes for each."""
     for sample in samples:
-        for name in ROLES:
-            if name not in sample.queries:
-                continue
-            edit = editor.capture([question(sample.edit)])
-            used = edit.masks.image | edit.masks.prompt | edit.masks.answer
+        edit = editor.capture([question(sample.edit)])
+        used = edit.masks.image | edit.masks.prompt | edit.masks.answer
+        for name in [name for name in ROLES if name in sample.queries]:
             U, V = editor.generator(edit.hidden.float(), used, edit.masks.answer)
             row = editor.capture([question(sample.queries[name])])
             hidden = row.hidden.float()
@@ -97,26 +92,28 @@ def straightforward_step(editor: LiveEdit, samples: list) -> None:
                 loss = F.cross_entropy(logits, row.labels[row.masks.answer])
             else:
                 with torch.no_grad():
-                    again = editor.capture([question(sample.queries[name])])
-                    base = editor.frozen.upper(again.hidden, again).log_softmax(-1)
-                loss = F.kl_div(
-                    logits.log_softmax(-1), base, log_target=True, reduction="batchmean"
-                )
+                    base = editor.frozen.upper(row.hidden, row).log_softmax(-1)
+                said = logits.log_softmax(-1)
+                loss = F.kl_div(said, base, log_target=True, reduction="batchmean")
             loss.backward()
 
 
-def training_speed(editor: LiveEdit, batch_size: int, steps: int) -> dict:
-    """Compare samples per second, the lower layers included on both sides."""
+def training_speed(editor: LiveEdit, batch_size: int, steps: int = 5) -> dict:
+    """Compare samples per second, lower layers included; ours computes the routing losses too."""
     editor.reset()
     samples = drawn_training(batch_size * steps, 0)
-    start = time.perf_counter()
-    training_set = TrainingSet(editor, samples, 128)
-    order = consistent_batches(samples, batch_size, random.Random(0))
-    for _ in range(steps):
-        editor.training_losses(*training_set.batch(next(order)))["total"].backward()
-    ours = len(samples) / (time.perf_counter() - start)
-    few = samples[:batch_size]
-    theirs = len(few) / seconds(partial(straightforward_step, editor, few))
+    few = samples[: max(4, batch_size // 4)]
+
+    def train_batched():
+        training_set = TrainingSet(editor, samples, 128)
+        batches = consistent_batches(samples, batch_size, random.Random(0))
+        for _ in range(steps):
+            editor.training_losses(*training_set.batch(next(batches)))["total"].backward()
+
+    straightforward_step(editor, few)  # warm
+    ours = len(samples) / statistics.median(seconds(train_batched) for _ in range(3))
+    plain = partial(straightforward_step, editor, few)
+    theirs = len(few) / statistics.median(seconds(plain) for _ in range(3))
     return {"samples_per_second": ours, "straightforward": theirs, "ratio": ours / theirs}
 
 
@@ -125,22 +122,24 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-llava")
     parser.add_argument("--editor", type=Path, default=ROOT / "tiny-llava" / "editor")
     parser.add_argument("--edits", type=int, nargs="+", default=[0, 1, 100, 500, 10_000])
-    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "speed.json")
     given = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
     model, processor = load_model(given.model, "cpu", "auto")
+    bare, _ = load_model(given.model, "cpu", "auto")
     editor = LiveEdit.from_pretrained(model, processor, given.editor)
-    sample = drawn_training(1, 0)[0]
+    sample = drawn_training(2, 0)[0]
     found = {"model": given.model, "threads": torch.get_num_threads()}
-    found["edit"] = cost_of_an_edit(editor, question(sample.edit))
+    asked = question(sample.edit)
+    found["edit"] = cost_of_an_edit(editor, asked)
     print(found["edit"])
     found["question"] = []
     for count in given.edits:
-        found["question"].append(cost_of_a_question(editor, question(sample.edit), count))
+        found["question"].append(cost_of_a_question(editor, bare, asked, count))
         print(found["question"][-1], flush=True)
-    found["training"] = training_speed(editor, given.batch_size, steps=10)
+    batch_size = training_defaults(editor.norm.weight.numel())["batch_size"]
+    found["training"] = training_speed(editor, batch_size)
     print(found["training"])
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1))
