@@ -76,8 +76,10 @@ SMALL_EDITOR = {"rank": 12, "heads": 4, "gain": 3.0}
 FEW_LAYERS = 12
 CACHE_BYTES = 4 * 2**30  # of training states kept in memory; more are computed at every step
 CHECKPOINT = "training.pt"
-# This process and how many there are: torchrun sets them.
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# This process and how many there are, under torchrun.
+RANK, PROCESSES = 0, 1
+if dist.is_torchelastic_launched():
+    RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 bar_of = partial(tqdm, disable=RANK > 0)  # a progress bar
 CHECKPOINT_SECONDS = 600
 # What a training depends on beside the editor's config: a checkpoint is of the same.
@@ -108,7 +110,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     training = parser.add_argument_group("its training (defaults by the model's size)").add_argument
     training("--train-steps", type=int)
     training("--train-samples", type=int, help="of the drawn world")
-    training("--batch-size", type=int, help="edits per training step")
+    training("--batch-size", type=int, help="edits per training step, and process")
     training("--learning-rate", type=float)
     training("--resume", action="store_true", help="continue an interrupted training in --out")
     machine = parser.add_argument_group("the machine").add_argument
@@ -231,8 +233,10 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
             setattr(options, key, value)
     samples, stream = load_samples(options)
     if samples:
-        options.batch_size = min(options.batch_size, len(samples))
-        next(data.consistent_batches(samples, options.batch_size, random.Random(0)))
+        options.batch_size = min(options.batch_size, len(samples) // PROCESSES)
+        for rank in range(PROCESSES):
+            own = samples[rank::PROCESSES]
+            next(data.consistent_batches(own, options.batch_size, random.Random(0)))
     size = sum(parameter.numel() for parameter in empty.parameters()) / 1e6
     print(f"{type(empty).__name__} {name}: {size:.1f} M parameters, edit layer {layer}")
     sizes = f"width {config.module_dim}, rank {config.rank}, gain {config.gain:.2f}"
@@ -264,12 +268,11 @@ def all_processes():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        with contextlib.redirect_stdout(None if RANK else sys.stdout):
+    dist.init_process_group()
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
             yield
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error: the others may wait for this process
 
 
 def average_gradients(parameters) -> None:
@@ -373,13 +376,13 @@ def save_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: di
     content = progress | {"editor": editor.state_dict(), "random": gathered(torch.get_rng_state())}
     content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     content |= {"random_cuda": gathered(torch.cuda.get_rng_state_all())}
-    if RANK:
-        return
-    with open(file.with_suffix(".new"), "wb") as draft:
-        torch.save(content, draft)
-        draft.flush()
-        os.fsync(draft.fileno())
-    os.replace(file.with_suffix(".new"), file)
+    if not RANK:
+        with open(file.with_suffix(".new"), "wb") as draft:
+            torch.save(content, draft)
+            draft.flush()
+            os.fsync(draft.fileno())
+        os.replace(file.with_suffix(".new"), file)
+    gathered("saved")  # none goes on, or ends, before
 
 
 def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, settings: dict) -> dict:
@@ -440,9 +443,8 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
                 optimizer.step()
             progress["step"], progress["seconds"] = step + 1, time.time() - start
             note_losses(progress, losses, bar, every=max(1, min(100, options.train_steps // 10)))
-            states = gathered((bool(interrupts), time.time() - saved > CHECKPOINT_SECONDS))
-            interrupted = any(stop for stop, _ in states)
-            if interrupted or states[0][1]:
+            interrupted = any(gathered(bool(interrupts)))
+            if interrupted or gathered(time.time() - saved > CHECKPOINT_SECONDS)[0]:
                 save_checkpoint(file, editor, optimizers, progress)
                 saved = time.time()
             if interrupted:
@@ -454,7 +456,8 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
     return {
         "steps": options.train_steps,
         "batch_size": options.batch_size,
-        "samples": len(samples),
+        "processes": PROCESSES,
+        "samples": len(samples),  # of this process
         "seconds": progress["seconds"],
         "seconds_hidden_states": prepared - start,
         "trained_parameters": sum(parameter.numel() for parameter in editor.parameters()),
