@@ -3,6 +3,7 @@
     python run.py                                      tiny-llava, 500 edits of the drawn world
     python run.py --data FOLDER                        train.json, eval.json and images/
     python run.py --editor output/editor --out again   stream into an editor trained before
+    torchrun --nproc-per-node=2 run.py                 train on two devices: twice the edits a step
 
 Writes metrics.json, predictions.jsonl, edits.png and the editor to the output folder.
 """
@@ -25,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch import Tensor
 from tqdm import tqdm
@@ -74,6 +76,11 @@ SMALL_EDITOR = {"rank": 12, "heads": 4, "gain": 3.0}
 FEW_LAYERS = 12
 CACHE_BYTES = 4 * 2**30  # of training states kept in memory; more are computed at every step
 CHECKPOINT = "training.pt"
+# This process and how many there are, under torchrun.
+RANK, PROCESSES = 0, 1
+if dist.is_torchelastic_launched():
+    RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+bar_of = partial(tqdm, disable=RANK > 0)  # a progress bar
 CHECKPOINT_SECONDS = 600
 # What a training depends on beside the editor's config: a checkpoint is of the same.
 TRAINING_OPTIONS = ("data", "prompt_style", "exclude_leaks", "seed", *PAPER)
@@ -103,7 +110,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     training = parser.add_argument_group("its training (defaults by the model's size)").add_argument
     training("--train-steps", type=int)
     training("--train-samples", type=int, help="of the drawn world")
-    training("--batch-size", type=int, help="edits per training step")
+    training("--batch-size", type=int, help="edits per training step, and process")
     training("--learning-rate", type=float)
     training("--resume", action="store_true", help="continue an interrupted training in --out")
     machine = parser.add_argument_group("the machine").add_argument
@@ -226,8 +233,10 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
             setattr(options, key, value)
     samples, stream = load_samples(options)
     if samples:
-        options.batch_size = min(options.batch_size, len(samples))
-        next(data.consistent_batches(samples, options.batch_size, random.Random(0)))
+        options.batch_size = min(options.batch_size, len(samples) // PROCESSES)
+        for rank in range(PROCESSES):
+            own = samples[rank::PROCESSES]
+            next(data.consistent_batches(own, options.batch_size, random.Random(0)))
     size = sum(parameter.numel() for parameter in empty.parameters()) / 1e6
     print(f"{type(empty).__name__} {name}: {size:.1f} M parameters, edit layer {layer}")
     sizes = f"width {config.module_dim}, rank {config.rank}, gain {config.gain:.2f}"
@@ -248,6 +257,45 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
     return editor, samples, stream
 
 
+# -------------------------------------------------------------------------------------- processes
+
+
+@contextlib.contextmanager
+def all_processes():
+    """Join the processes that torchrun started, if it did; the first alone prints."""
+    if PROCESSES == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
+            yield
+    dist.destroy_process_group()  # not after an error: the others may wait for this process
+
+
+def average_gradients(parameters) -> None:
+    """Take the mean of the gradients of all processes."""
+    if PROCESSES == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, mean in zip(gradients, (flat / PROCESSES).split(sizes), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def gathered(value) -> list:
+    """Give the values of all processes, in their order."""
+    values = [value]
+    if PROCESSES > 1:
+        values = [None] * PROCESSES
+        dist.all_gather_object(values, value)
+    return values
+
+
 # --------------------------------------------------------------------------------------- training
 
 
@@ -266,7 +314,9 @@ class TrainingSet:
         self.states = None
         counts = [len(names) for names in self.names]
         if sum(counts) * row.nbytes * 1.5 < CACHE_BYTES:
-            self.states, self.texts = self._capture(samples, partial(tqdm, desc="training states"))
+            self.states, self.texts = self._capture(
+                samples, partial(bar_of, desc="training states")
+            )
             has_text = [int("text_locality" in sample.queries) for sample in samples]
             # Of each sample, the rows in states and in texts.
             self.rows = torch.arange(sum(counts)).split(counts)
@@ -323,14 +373,16 @@ def rate_factor(step: int, steps: int, small: bool) -> float:
 
 def save_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: dict) -> None:
     """Write all that the next step depends on; an older checkpoint stays until this is whole."""
-    content = progress | {"editor": editor.state_dict(), "random": torch.get_rng_state()}
+    content = progress | {"editor": editor.state_dict(), "random": gathered(torch.get_rng_state())}
     content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    content |= {"random_cuda": torch.cuda.get_rng_state_all()}
-    with open(file.with_suffix(".new"), "wb") as draft:
-        torch.save(content, draft)
-        draft.flush()
-        os.fsync(draft.fileno())
-    os.replace(file.with_suffix(".new"), file)
+    content |= {"random_cuda": gathered(torch.cuda.get_rng_state_all())}
+    if not RANK:
+        with open(file.with_suffix(".new"), "wb") as draft:
+            torch.save(content, draft)
+            draft.flush()
+            os.fsync(draft.fileno())
+        os.replace(file.with_suffix(".new"), file)
+    gathered("saved")  # none goes on, or ends, before
 
 
 def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, settings: dict) -> dict:
@@ -346,30 +398,36 @@ def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, settings: di
     editor.load_state_dict(content.pop("editor"))
     for optimizer, state in zip(optimizers, content.pop("optimizers"), strict=True):
         optimizer.load_state_dict(state)
-    torch.set_rng_state(content.pop("random"))
-    torch.cuda.set_rng_state_all(content.pop("random_cuda"))
+    torch.set_rng_state(content.pop("random")[RANK])
+    torch.cuda.set_rng_state_all(content.pop("random_cuda")[RANK])
     return content
 
 
 def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespace) -> dict:
-    """Train on all losses of the method. Ctrl-C saves a checkpoint that --resume continues."""
+    """Train on all losses of the method. Ctrl-C saves a checkpoint that --resume continues.
+
+    Each process of several trains on samples of its own.
+    """
     small, file = editor.norm.weight.numel() < SMALL_WIDTH, options.out / CHECKPOINT
     optimizers = make_optimizers(editor, options.learning_rate)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     settings = {name: getattr(options, name) for name in TRAINING_OPTIONS}
-    settings |= {"config": asdict(editor.config)}
+    settings |= {"config": asdict(editor.config), "processes": PROCESSES}
+    samples, seed = samples[RANK::PROCESSES], options.seed + RANK
+    if RANK:
+        torch.manual_seed(seed)  # all have the same networks by now
     progress = {"settings": settings, "step": 0, "seconds": 0.0, "running": {}, "log": []}
     if options.resume:
         progress = load_checkpoint(file, editor, optimizers, settings)
     start = time.time() - progress["seconds"]
-    batches = data.consistent_batches(samples, options.batch_size, random.Random(options.seed))
+    batches = data.consistent_batches(samples, options.batch_size, random.Random(seed))
     for _ in range(progress["step"]):
         next(batches)
     training_set, prepared = TrainingSet(editor, samples, options.eval_batch_size), time.time()
     saved, interrupts = time.time(), []
     usual = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # not within a step
     steps = range(progress["step"], options.train_steps)
-    bar = tqdm(steps, "training the editor", initial=steps.start, total=steps.stop)
+    bar = bar_of(steps, "training the editor", initial=steps.start, total=steps.stop)
     try:
         for step in bar:
             for optimizer, rate in zip(optimizers, rates, strict=True):
@@ -378,24 +436,28 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
             losses = editor.training_losses(*training_set.batch(next(batches)))
             editor.zero_grad()
             losses["total"].backward()
+            average_gradients(list(editor.parameters()))
             # Differs from the paper: gradients are cut to norm 1.
             torch.nn.utils.clip_grad_norm_(editor.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
             progress["step"], progress["seconds"] = step + 1, time.time() - start
             note_losses(progress, losses, bar, every=max(1, min(100, options.train_steps // 10)))
-            if interrupts or time.time() - saved > CHECKPOINT_SECONDS:
+            interrupted = any(gathered(bool(interrupts)))
+            if interrupted or gathered(time.time() - saved > CHECKPOINT_SECONDS)[0]:
                 save_checkpoint(file, editor, optimizers, progress)
                 saved = time.time()
-            if interrupts:
-                sys.exit(f"interrupted after step {step + 1}; --resume continues from {file}")
+            if interrupted:
+                told = f"interrupted after step {step + 1}; --resume continues from {file}"
+                sys.exit(1 if RANK else told)
     finally:
         signal.signal(signal.SIGINT, usual)
     editor.trained_steps = options.train_steps
     return {
         "steps": options.train_steps,
         "batch_size": options.batch_size,
-        "samples": len(samples),
+        "processes": PROCESSES,
+        "samples": len(samples),  # of this process
         "seconds": progress["seconds"],
         "seconds_hidden_states": prepared - start,
         "trained_parameters": sum(parameter.numel() for parameter in editor.parameters()),
@@ -448,12 +510,15 @@ def answer(editor: LiveEdit, queries: list[Query], longest: int, batch_size: int
     longest: tokens to generate at most; batch_size: queries per forward pass.
     """
     answers: dict[int, Answer] = {}
+    mine = range(RANK, len(queries), PROCESSES)
     for pictured in (True, False):
-        group = [i for i, query in enumerate(queries) if bool(query.image) == pictured]
+        group = [i for i in mine if bool(queries[i].image) == pictured]
         for start in range(0, len(group), batch_size):
             chunk = group[start : start + batch_size]
             made = answer_batch(editor, [queries[i] for i in chunk], longest)
             answers |= dict(zip(chunk, made, strict=True))
+    for others in gathered(answers):
+        answers |= others
     return [answers[i] for i in range(len(queries))]
 
 
@@ -529,7 +594,7 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Names
         # Short streams start from the unedited model again until 100 edits are averaged.
         tested = stream[: max(count, min(100, len(stream) // count * count))]
         results = []
-        for start in tqdm(range(0, len(tested), count), desc=f"streams of {count}"):
+        for start in bar_of(range(0, len(tested), count), desc=f"streams of {count}"):
             part = tested[start : start + count]
             editor.reset()
             began = time.time()
@@ -652,23 +717,33 @@ def save_editor(editor: LiveEdit, folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
     keep_freed_memory()
+    with all_processes():
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, stream and report."""
     start, trained, updates = time.time(), None, None
     torch.manual_seed(options.seed)
     try:
         editor, samples, stream = prepare(options)
         if not options.editor:
             trained = train(editor, samples, options)
-            save_editor(editor, options.out / "editor")
-            (options.out / CHECKPOINT).unlink(missing_ok=True)
+            if not RANK:
+                save_editor(editor, options.out / "editor")
+                (options.out / CHECKPOINT).unlink(missing_ok=True)
     except (OSError, ValueError, TypeError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"run.py: {error}")
     rows, predictions, cost = evaluate(editor, stream, options)
     try:
-        save_editor(editor, options.out / "editor")
+        if not RANK:
+            save_editor(editor, options.out / "editor")
     except (OSError, RuntimeError) as error:  # the results are not lost with it
         print(f"run.py: the edits were not saved: {error}", file=sys.stderr)
     if options.data is None and len(stream) >= 5:
         updates = evaluate_updates(editor, stream, options, answer)
+    if RANK:
+        return
     with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
     draw_edits(stream, predictions, options.out / "edits.png")

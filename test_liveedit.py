@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import math
+import os
 import pickle
 import random
 import re
@@ -2250,6 +2251,69 @@ def test_an_interrupted_training_resumes_exactly(tmp_path, capsys):
     interrupted, whole = (metrics_of(tmp_path / out) for out in "ab")
     assert interrupted["training"]["losses"] == whole["training"]["losses"]
     assert interrupted["rows"] == whole["rows"]
+
+
+WORKER = """
+import sys, torch, run
+options = run.parse_options(sys.argv[1:])
+with run.all_processes():
+    torch.manual_seed(options.seed)
+    editor, samples, _ = run.prepare(options)
+    run.train(editor, samples, options)
+torch.save(editor.state_dict(), options.out / f"{run.RANK}.pt")
+"""
+
+
+def torchrun(*arguments) -> list[str]:
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*line, *map(str, arguments)]
+
+
+def test_two_processes_train_as_one_that_averages_their_gradients(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    arguments = ["--edits", "5", "--train-samples", "30", "--batch-size", "4", "--out", tmp_path]
+    environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    trained = {}
+    for steps in (1, 4):
+        line = torchrun(tmp_path / "worker.py", *arguments, "--train-steps", steps)
+        result = subprocess.run(
+            line, capture_output=True, text=True, cwd=HERE, env=environment, timeout=200
+        )
+        assert result.returncode == 0, result.stderr
+        trained[steps], other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+        assert all(torch.equal(trained[steps][name], other[name]) for name in other)
+    options = run.parse_options([*map(str, arguments), "--train-steps", "1"])
+    torch.manual_seed(0)
+    editor, samples, _ = run.prepare(options)
+    optimizers, gradients = run.make_optimizers(editor, options.learning_rate), []
+    for rank in (0, 1):
+        if rank:
+            torch.manual_seed(rank)
+        batches = data.consistent_batches(samples[rank::2], 4, random.Random(rank))
+        training_set = run.TrainingSet(editor, samples[rank::2], options.eval_batch_size)
+        editor.zero_grad()
+        editor.training_losses(*training_set.batch(next(batches)))["total"].backward()
+        gradients.append([parameter.grad for parameter in editor.parameters()])
+        editor.zero_grad()
+    for parameter, first, second in zip(editor.parameters(), *gradients, strict=True):
+        parameter.grad = (first + second) / 2
+    torch.nn.utils.clip_grad_norm_(editor.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] *= run.rate_factor(0, 1, small=True)
+        optimizer.step()
+    for name, value in editor.state_dict().items():
+        assert torch.allclose(value, trained[1][name], atol=1e-5), name
+    assert any(not torch.equal(trained[4][name], trained[1][name]) for name in trained[1])
+
+
+def test_two_processes_report_what_one_does(small_run, tmp_path):
+    given = ["--editor", small_run / "editor", "--edits", "12", "--out", tmp_path]
+    line = torchrun(HERE / "run.py", *given)
+    result = subprocess.run(line, capture_output=True, text=True, cwd=HERE, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("before editing") == 2  # the first process alone prints
+    rows = zip(metrics_of(tmp_path)["rows"], metrics_of(small_run)["rows"], strict=True)
+    assert all(a[way] == b[way] for a, b in rows for way in ("teacher_forced", "free_running"))
 
 
 def test_ask_answers_before_and_after(small_run, tmp_path):
