@@ -998,7 +998,8 @@ class LiveEdit(nn.Module):
 
     def _check_weights(self) -> None:
         for name, weight in self.named_parameters():
-            if not weight.isfinite().all():
+            # The sum is several times as fast: at each edit it matters.
+            if not weight.sum().isfinite() and not weight.isfinite().all():
                 raise ValueError(f"the editor's weight {name} holds numbers that are not finite")
 
 
