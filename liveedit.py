@@ -499,8 +499,10 @@ class LiveEdit(nn.Module):
             # First of all hooks, so that those that record hidden states see the edited ones.
             edit_layer.register_forward_hook(self._after_layer, with_kwargs=True, prepend=True),
             self.model.register_forward_hook(self._after_model, always_call=True),
-            self.model.get_output_embeddings().register_forward_pre_hook(_dense_input),
         ]
+        head = self.model.get_output_embeddings()
+        if head is not None:
+            self._handles.append(head.register_forward_pre_hook(_dense_input))
         if self._inner is not None:
             before = self._inner.register_forward_pre_hook(self._before_inner, with_kwargs=True)
             self._handles += [before, embeddings.register_forward_pre_hook(self._before_embedding)]
@@ -1003,12 +1005,12 @@ class LiveEdit(nn.Module):
                 raise ValueError(f"the editor's weight {name} holds numbers that are not finite")
 
 
-def _dense_input(head: nn.Module, args: tuple) -> tuple:
+def _dense_input(head: nn.Module, args: tuple) -> tuple | None:
     """Copy the head's input (B, T, D), which is a slice where not all logits are wanted.
 
     PyTorch multiplies a slice with frozen weights row by row, and copies the whole head for each.
     """
-    return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+    return (args[0].clone(memory_format=torch.contiguous_format), *args[1:]) if args else None
 
 
 def random_subsets(owner: Tensor, role: Tensor, batch: int) -> Tensor:

@@ -76,12 +76,12 @@ SMALL_EDITOR = {"rank": 12, "heads": 4, "gain": 3.0}
 FEW_LAYERS = 12
 CACHE_BYTES = 4 * 2**30  # of training states kept in memory; more are computed at every step
 CHECKPOINT = "training.pt"
-# This process and how many there are, under torchrun.
+CHECKPOINT_SECONDS = 600
+# This process and how many there are, under torchrun; the first alone shows progress.
 RANK, PROCESSES = 0, 1
 if dist.is_torchelastic_launched():
     RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-bar_of = partial(tqdm, disable=RANK > 0)  # a progress bar
-CHECKPOINT_SECONDS = 600
+bar_of = partial(tqdm, disable=RANK > 0)
 # What a training depends on beside the editor's config: a checkpoint is of the same.
 TRAINING_OPTIONS = ("data", "prompt_style", "exclude_leaks", "seed", *PAPER)
 

@@ -21,6 +21,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -2214,6 +2215,19 @@ def test_a_dry_run_says_what_it_found_and_loads_nothing(tmp_path, capsys):
     assert result.returncode == 0 and "edit layer 2" in result.stdout, result.stderr
     arguments = ("--model", str(folder), *FEW, "--out", str(tmp_path / "out"))
     assert "safetensors" in refusal(capsys, *arguments)
+
+
+def test_settings_follow_from_the_size_of_the_model():
+    assert run.training_defaults(128) == run.SMALL
+    assert run.training_defaults(1024) == run.training_defaults(4096) == run.PAPER
+    assert run.training_defaults(576) == run.SMALL | {"batch_size": 14, "train_samples": 6125}
+    assert run.training_defaults(1023)["batch_size"] == run.PAPER["batch_size"]
+    options = run.parse_options([])
+    for width, depth, layer, rank in ((128, 6, 2, 12), (576, 30, None, 12), (4096, 32, None, 4)):
+        text = SimpleNamespace(hidden_size=width, num_hidden_layers=depth)
+        model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda text=text: text))
+        config = run.config_for(model, options)
+        assert (config.layer, config.rank) == (layer, rank)
 
 
 def test_an_interrupted_training_resumes_exactly(tmp_path, capsys):

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import ImageFile  # noqa: E402
-from liveedit import LiveEdit  # noqa: E402
-from run import load_model  # noqa: E402
+from data import ImageFile
+from liveedit import LiveEdit
+from run import load_model
 
 
 def main() -> None:

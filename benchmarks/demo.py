@@ -14,11 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.figure import TITLES, draw_edits  # noqa: E402
-from data import EditSample, drawn_samples, split_scenes  # noqa: E402
-from liveedit import LiveEdit  # noqa: E402
-from router import IGNORE  # noqa: E402
-from run import answer, judge, load_model, question  # noqa: E402
+from benchmarks.figure import TITLES, draw_edits
+from data import EditSample, drawn_samples, split_scenes
+from liveedit import LiveEdit
+from router import IGNORE
+from run import answer, judge, load_model, question
 
 WORDS = ("Mona Lisa", "elephant", "2026", "golden retriever", "New York City")
 

@@ -26,8 +26,8 @@ from transformers import (
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from liveedit import EDIT, LOCALITY, Edit, LiveEdit, LiveEditConfig, Question  # noqa: E402
-from run import peak_memory  # noqa: E402
+from liveedit import EDIT, LOCALITY, Edit, LiveEdit, LiveEditConfig, Question
+from run import peak_memory
 
 TOKENS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 

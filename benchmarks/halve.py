@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from liveedit import NETWORKS_FILE, LiveEdit  # noqa: E402
-from run import load_model  # noqa: E402
+from liveedit import NETWORKS_FILE, LiveEdit
+from run import load_model
 
 
 def main() -> None:

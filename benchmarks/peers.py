@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import Query, drawn_samples, drawn_stream, split_scenes  # noqa: E402
-from liveedit import LiveEdit, find_decoder_layers, hidden_of, with_hidden  # noqa: E402
-from router import IGNORE  # noqa: E402
-from run import Answer, answer, judge, keep_freed_memory, load_model, question, report_row  # noqa: E402
+from data import Query, drawn_samples, drawn_stream, split_scenes
+from liveedit import LiveEdit, find_decoder_layers, hidden_of, with_hidden
+from router import IGNORE
+from run import Answer, answer, judge, keep_freed_memory, load_model, question, report_row
 
 BATCH = 128
 JUDGED_BY = (
@@ -265,9 +265,6 @@ class Adapter(FineTunedOnAll):
     """LoRA-FT: a low-rank adapter on all attention and MLP matrices, of an expert's rank."""
 
     name = "LoRA-FT"
-    grid = [
-        {"rate": rate, "steps": steps} for rate in (3e-4, 1e-3, 3e-3, 1e-2) for steps in (10, 40)
-    ]
 
     def __init__(self, editor, rate: float, steps: int):
         from peft import LoraConfig, get_peft_model

@@ -18,10 +18,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.smol_llava import GENERAL_QUESTIONS  # noqa: E402
-from data import PHRASINGS, drawn_stream  # noqa: E402
-from liveedit import LiveEdit  # noqa: E402
-from run import load_model, normalise  # noqa: E402
+from benchmarks.smol_llava import GENERAL_QUESTIONS
+from data import PHRASINGS, drawn_stream
+from liveedit import LiveEdit
+from run import load_model, normalise
 
 UNTRAINED_QUESTIONS = (
     "Is this an animal?", "Could you eat this?", "Is there any text in it?",

@@ -36,10 +36,10 @@ from transformers import (
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny-llava")]
-import train as tiny_training  # noqa: E402  (tiny-llava's script)
+import train as tiny_training
 
-from data import FAMILIES, PHRASINGS, SCENES, TRAINING_WORDS, Drawing, Scene  # noqa: E402
-from run import keep_freed_memory, load_model  # noqa: E402
+from data import FAMILIES, PHRASINGS, SCENES, TRAINING_WORDS, Drawing, Scene
+from run import keep_freed_memory, load_model
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROJECTOR_RATE, DECODER_RATE = 2e-3, 1e-4

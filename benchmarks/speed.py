@@ -22,11 +22,11 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.store import grow, milliseconds, seconds  # noqa: E402
-from data import consistent_batches, drawn_training  # noqa: E402
-from generator import apply_experts  # noqa: E402
-from liveedit import EDIT, GENERALITY, LiveEdit, Question  # noqa: E402
-from run import ROLES, TrainingSet, keep_freed_memory, load_model, question, training_defaults  # noqa: E402
+from benchmarks.store import grow, milliseconds, seconds
+from data import consistent_batches, drawn_training
+from generator import apply_experts
+from liveedit import EDIT, GENERALITY, LiveEdit, Question
+from run import ROLES, TrainingSet, keep_freed_memory, load_model, question, training_defaults
 
 TOKENS = 20
 

@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from liveedit import Edit, LiveEdit, LiveEditConfig, Question  # noqa: E402
-from router import Features, Rows  # noqa: E402
-from run import peak_memory  # noqa: E402
+from liveedit import Edit, LiveEdit, LiveEditConfig, Question
+from router import Features, Rows
+from run import peak_memory
 
 PROMPT = "What shape is this?"
 COLUMN = 10  # characters of a number
