@@ -192,54 +192,28 @@ FAMILIES = ("shape", "color", "background", "caption")
 # The last HELD_OUT phrasings of each family never occur in the editor's training: text generality
 # is measured on them.
 HELD_OUT = 4
-_PHRASINGS = {
-    "shape": """
-        What shape is this? | Which shape is shown? | What shape do you see? | Name the shape in the
-        picture. | What is the shape in this image? | Which shape is in the picture? | What figure
-        is drawn here? | Tell me the shape. | What shape has been drawn? | Identify the shape. |
-        What form does the object have? | Which figure does the image show? | What kind of shape is
-        it? | The picture shows one shape. Which one? | Can you name this shape? | Say which shape
-        is drawn. | What is the name of the figure? | Look at the image. What shape is there? | What
-        do we call this shape? | Give the shape of the object. | Which shape can you see here? |
-        What is this figure called? | Please name the shape shown here. | What shape does the object
-        have?""",
-    "color": """
-        What color is the shape? | Which color does the shape have? | What is the color of the
-        shape? | Name the color of the shape. | What color is the figure? | Which color is the
-        object? | Tell me the color of the figure. | In which color is the shape drawn? | What color
-        has the shape been given? | Identify the color of the shape. | The shape has a color. Which
-        one? | What color does the figure have? | Can you name the color of the shape? | Say the
-        color of the object. | What is the object's color? | Look at the shape. What color is it? |
-        Which color was used for the shape? | Give the color of the shape. | What color do you see
-        on the shape? | How is the shape colored? | What is the color of the object? | Which color
-        does the figure have? | Please name the color of the figure. | In what color is the figure
-        drawn?""",
-    "background": """
-        What color is the background? | Which color does the background have? | What is the color of
-        the background? | Name the background color. | What color is behind the shape? | Which color
-        is the background? | Tell me the background color. | On which color is the shape drawn? |
-        What color surrounds the shape? | Identify the color of the background. | The background has
-        a color. Which one? | What color lies around the figure? | Can you name the color behind the
-        figure? | Say the color of the background. | What is the background's color? | Look behind
-        the shape. What color is there? | Which color was used for the background? | Give the color
-        of the background. | What color do you see around the shape? | How is the background
-        colored? | What is the color behind the object? | Which background color can you see? |
-        Please name the color of the background. | What color is around the object?""",
-    "caption": """
-        Describe the image. | What does the picture show? | Write a caption for the image. |
-        Describe what you see. | Give a caption. | What is in the image? | Describe this picture. |
-        Tell me what the image shows. | Caption this image. | What can be seen in the picture? |
-        Give a short description of the image. | Put the picture into words. | Summarize the image.
-        | What is this a picture of? | Write down what you see. | Say what is in the picture. |
-        Describe the whole scene. | How would you describe the image? | Write a sentence about the
-        picture. | What is going on in the image? | Give a description of the picture. | Please
-        describe this image. | Tell me what you see in the picture. | What would be a caption for
-        this picture?""",
-}
-PHRASINGS = {
-    family: tuple(" ".join(phrase.split()) for phrase in text.split("|"))
-    for family, text in _PHRASINGS.items()
-}
+
+
+def read_lines(name: str) -> list[str]:
+    """The lines of a word list beside the tiny LLaVA, without comments."""
+    file = Path(__file__).resolve().parent / "tiny-llava" / name
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+
+
+def read_phrasings() -> dict[str, tuple[str, ...]]:
+    """The ways to ask a question of each family."""
+    phrasings: dict[str, tuple[str, ...]] = {}
+    for line in read_lines("phrasings.txt"):
+        if line.startswith("["):
+            family = line.strip("[]")
+            phrasings[family] = ()
+        else:
+            phrasings[family] += (line,)
+    return phrasings
+
+
+PHRASINGS = read_phrasings()
+OTHER_QUESTIONS = read_lines("other_questions.txt")
 OPPOSITES = """hot cold, big small, old young, fast slow, up down, left right, open closed,
     day night, happy sad, light dark, early late, full empty"""
 OPPOSITES = tuple(tuple(pair.split()) for pair in OPPOSITES.split(","))
@@ -289,9 +263,7 @@ def read_words() -> tuple[list[str], list[str]]:
     drawn world's questions and answers, and words so short that a random string may be one, are in
     neither list.
     """
-    file = Path(__file__).resolve().parent / "tiny-llava" / "words.txt"
-    lines = file.read_text(encoding="utf-8").splitlines()
-    words = [line for line in lines if not line.startswith("#")]
+    words = read_lines("words.txt")
     held_out = words[9::10]
     del words[9::10]
     texts = [text for question in text_questions() for text in question]
@@ -403,10 +375,9 @@ class Shares(NamedTuple):
 
 EVAL_SHARES = Shares(open=0.4, novel_names=0.5)
 TRAINING_SHARES = Shares(open=0.6, novel_names=0.65, doubled=0.3)
-UPDATE_SHARES = Shares(open=0.0, novel_names=0.0)
 
 
-def _edit_target(
+def edit_target(
     scene: Scene, family: str, scenes: list[Scene], rng, shares: Shares, held_out: bool
 ) -> tuple[str, str]:
     """(kind, target) of an edit that is not true of the scene."""
@@ -455,7 +426,7 @@ def drawn_samples(
     texts, samples = text_questions(), []
     for (scene, family), neighbors in zip(edits, similar, strict=True):
         trained = PHRASINGS[family][:-HELD_OUT]
-        kind, target = _edit_target(scene, family, scenes, rng, shares, held_out)
+        kind, target = edit_target(scene, family, scenes, rng, shares, held_out)
         prompt, fact, drawing = rng.choice(trained), (scene, family), _draw(scene, rng)
         rephrasings = PHRASINGS[family][-HELD_OUT:] if held_out else trained
         rephrased = rng.choice([phrase for phrase in rephrasings if phrase != prompt])
@@ -494,41 +465,14 @@ def drawn_stream(edits: int, seed: int) -> list[EditSample]:
     return drawn_samples(edits, split_scenes()[1], f"stream {seed}", held_out=True)
 
 
-UPDATE_FORMS = {
-    "exact": "reliability",
-    "rephrased": "text_generality",
-    "another picture": "modal_generality",
-}
-
-
-class Update(NamedTuple):
-    """A fact of the stream that is edited again."""
-
-    sample: int  # index into the stream
-    form: str  # one of UPDATE_FORMS: how the new edit asks for the fact
-    edit: Query
-
-
-def drawn_updates(stream: list[EditSample], count: int, seed: int) -> list[Update]:
-    """`count` facts of a drawn stream, each edited again with another value, in all forms."""
-    rng, updates, forms = random.Random(f"updates {seed}"), [], list(UPDATE_FORMS)
-    for n, i in enumerate(rng.sample(range(len(stream)), count)):
-        form = forms[n % len(forms)]
-        asked = stream[i].queries[UPDATE_FORMS[form]]
-        target = asked.target
-        while target == asked.target:
-            target = _edit_target(*asked.fact, SCENES, rng, UPDATE_SHARES, True)[1]
-        updates.append(Update(i, form, replace(asked, target=target)))
-    return updates
-
-
 def drawn_training(count: int, seed: int) -> list[EditSample]:
     """Samples for training an editor, as several streams over the training scenes.
 
     Each keeps the edit, one generality query (another picture, in other words: both at once), one
     locality query with an image and one without:
-    for the same work, more different samples teach more than more queries about each. Open targets
-    and made-up names, which are learned last, come more often than in the evaluation.
+    for the same work, more different samples teach more than more queries about each. Half of the
+    questions about the edited picture itself are of no family. Open targets and made-up names,
+    which are learned last, come more often than in the evaluation.
     """
     scenes, drawn = split_scenes()[0], []
     for start in range(0, count, len(scenes)):
@@ -536,8 +480,13 @@ def drawn_training(count: int, seed: int) -> list[EditSample]:
         drawn += drawn_samples(size, scenes, name, False, TRAINING_SHARES)
     rng, samples = random.Random(f"queries {seed}"), []
     for sample in drawn:
-        names = ("reliability", "modal_generality", rng.choice(PICTURED_LOCALITY_QUERIES))
-        queries = {name: sample.queries[name] for name in (*names, "text_locality")}
+        untouched = rng.choice(PICTURED_LOCALITY_QUERIES)
+        names = ("reliability", "modal_generality", untouched, "text_locality")
+        queries = {name: sample.queries[name] for name in names}
+        if untouched == "same_image" and rng.random() < 0.5:
+            asked, scene = rng.choice(OTHER_QUESTIONS), sample.edit.image.scene
+            # Locality compares with what the model itself says, whatever the target.
+            queries[untouched] = Query(sample.edit.image, asked, "yes", (scene, asked))
         rephrased = sample.queries["text_generality"].prompt
         queries["modal_generality"] = replace(queries["modal_generality"], prompt=rephrased)
         samples.append(EditSample(sample.kind, queries))

@@ -19,6 +19,20 @@ from torch import Tensor, nn
 # place from the start. Values are states times VALUE_SCALE: then, at the paper's gain and width
 # 4096, the residual of a matching state is about as large as a state.
 QUERY_SCALE, VALUE_SCALE = 2.0, 0.15
+LEAST_DEVIATION = 0.05  # of a channel: what hardly varies is not blown up
+
+
+@torch.no_grad()
+def standardise(norm: nn.LayerNorm, rows: Tensor) -> None:
+    """Set a norm's weight and bias so that on rows (n, D) each channel has mean 0, deviation 1.
+
+    Differs from the paper: a decoder's hidden states have channels that are large and nearly
+    constant, and differences between questions are lost beside them.
+    """
+    normed = F.layer_norm(rows, norm.normalized_shape)
+    deviation = normed.std(0).clamp(min=LEAST_DEVIATION)
+    norm.weight.copy_(1 / deviation)
+    norm.bias.copy_(-normed.mean(0) / deviation)
 
 
 class CrossAttention(nn.Module):
@@ -74,7 +88,7 @@ class ExpertGenerator(nn.Module):
         """Make a generator whose experts are scaled by gain / sqrt(rank), as in the official code.
 
         Differs from the paper: an untrained generator copies. Its i-th query attends to the i-th
-        token of the answer; U is the state at which this token is said, V the one where it is read.
+        token of the answer; U is the state at which this token is said, V the token's embedding.
         """
         super().__init__()
         self.scale = gain * rank**-0.5
@@ -92,22 +106,30 @@ class ExpertGenerator(nn.Module):
                 attention.to_value.weight *= VALUE_SCALE
 
     def forward(
-        self, states: Tensor, mask: Tensor | None = None, answer: Tensor | None = None
+        self,
+        states: Tensor,
+        mask: Tensor | None = None,
+        answer: Tensor | None = None,
+        embedded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Make U (B, R, D) and V (B, R, D) from states (B, T, D).
 
-        mask (B, T) is True on image, prompt and answer rows, answer (B, T) on those of the answer.
-        Differs from the paper: keys of answer rows carry their place in the answer, and for U such
-        a row holds the state before it, which says its token. Without `answer` it is the paper's.
+        mask (B, T) is True on image, prompt and answer rows, answer (B, T) on those of the answer;
+        embedded (B, T, D) holds the embeddings of the answer's tokens there.
+        Differs from the paper: keys of answer rows carry their place in the answer; for U such a
+        row holds the state before it, which says its token, for V the token's embedding: deep
+        layers blur which token they read. Without `answer` and `embedded` it is the paper's.
         """
-        saying, places = states, 0.0
+        saying, reading, places = states, states, 0.0
         if answer is not None:
             before = F.pad(states, (0, 0, 1, 0))[:, :-1]
             saying = torch.where(answer[..., None], before, states)
             places = self._places(answer)
+        if embedded is not None:
+            reading = torch.where(answer[..., None], embedded, states)
         # Eq. (1): f_eg(h) = (CA_U(U, h), CA_V(V, h)) with h = h_v ++ h_p ++ h_o
         U = self.attention_U(self.queries_U, self.norm_U(saying), mask, places)
-        V = self.attention_V(self.queries_V, self.norm_V(states), mask, places)
+        V = self.attention_V(self.queries_V, self.norm_V(reading), mask, places)
         return U * self.scale, V * self.scale
 
     def _places(self, answer: Tensor) -> Tensor:

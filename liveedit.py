@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from generator import Edit, ExpertGenerator, ExpertRepository, apply_experts
+from generator import Edit, ExpertGenerator, ExpertRepository, apply_experts, standardise
 from router import (
     IGNORE,
     Router,
@@ -58,7 +58,7 @@ CACHES = ("cache", "past_key_values", "layer_past")  # names of the KV cache, th
 CONFIG_FILE = "liveedit_config.json"
 NETWORKS_FILE = "networks.safetensors"
 EXPERTS_FILE = "experts.safetensors"
-FORMAT = 3  # of saved editors
+FORMAT = 4  # of saved editors
 
 
 @dataclass(frozen=True)
@@ -454,11 +454,17 @@ class LiveEdit(nn.Module):
         with plain_mode(states.hidden.device):
             hidden, masks = states.hidden.float(), states.masks
             used = masks.image | masks.prompt | masks.answer
-            U, V = self.generator(hidden, used, masks.answer)
+            U, V = self.generator(hidden, used, masks.answer, self._embedded(states.labels))
             prompt, image = Rows.gather(hidden, masks.prompt), Rows.gather(hidden, masks.image)
             visual_keys = self.router.visual_key(prompt, image)
             text_keys = self.router.text_key(prompt)
         return {"U": U, "V": V, "visual_keys": visual_keys, "text_keys": text_keys}
+
+    def _embedded(self, labels: Tensor) -> Tensor:
+        """Give the embeddings (B, T, D) of answer tokens, before any layer has read them."""
+        with torch.no_grad():
+            embedded = self.model.get_input_embeddings()(labels.clamp(min=0))
+        return embedded.float().to(labels.device)
 
     def _add_edits(self, questions: list[Question], made: list[dict]) -> list[Edit]:
         if not questions:
@@ -791,6 +797,16 @@ class LiveEdit(nn.Module):
 
     # ------------------------------------------------------------------------ the editor learns
 
+    def standardise(self, states: States) -> None:
+        """Fit an untrained editor's norms to states of some edits: see `generator.standardise`."""
+        hidden, masks = states.hidden.float(), states.masks
+        image, prompt = hidden[masks.image], hidden[masks.prompt]
+        for side in (self.router.edit_side, self.router.input_side):
+            side.standardise(prompt, image)
+        used = torch.cat([image, prompt, hidden[masks.answer]])
+        standardise(self.generator.norm_U, used)
+        standardise(self.norm, used)
+
     def training_losses(
         self, states: States, role: Tensor, owner: Tensor, text_locality: Rows | None = None
     ) -> dict[str, Tensor]:
@@ -814,7 +830,8 @@ class LiveEdit(nn.Module):
         in_scope = (role == EDIT) | (role == GENERALITY)
 
         used = (masks.image | masks.prompt | masks.answer)[edits]
-        U, V = self.generator(hidden[edits], used, masks.answer[edits])
+        embedded = self._embedded(states.labels[edits])
+        U, V = self.generator(hidden[edits], used, masks.answer[edits], embedded)
         text_keys = self.router.text_key(prompt)
         features = self.router.features(prompt, image)
         scores = text_similarity(features.text, text_keys[edits])

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generator import CrossAttention
+from generator import CrossAttention, standardise
 
 IGNORE = -100  # the label of tokens that are no answer, by Hugging Face's convention
 # By how much, in logits of the routing losses, the filter must keep experts that count as edits of
@@ -84,12 +84,14 @@ class FeatureExtractor(nn.Module):
     """Routing features; the edit side and the input side have the same form, other weights.
 
     Learned queries and norms before the attention are as in `ExpertGenerator`.
+    Differs from the official code: the visual branch has a norm for prompts beside that for images.
     """
 
     def __init__(self, hidden_size: int, module_dim: int, slots: int, heads: int):
         super().__init__()
         sizes = (hidden_size, module_dim, module_dim, heads)
         self.visual_norm = nn.LayerNorm(hidden_size)
+        self.visual_prompt_norm = nn.LayerNorm(hidden_size)
         self.text_norm = nn.LayerNorm(hidden_size)
         self.visual_queries = nn.Parameter(torch.randn(1, slots, module_dim))
         self.text_queries = nn.Parameter(torch.randn(1, slots, module_dim))
@@ -97,9 +99,15 @@ class FeatureExtractor(nn.Module):
         self.visual_image_attention = CrossAttention(*sizes)
         self.text_attention = CrossAttention(*sizes)
 
+    def standardise(self, prompt_rows: Tensor, image_rows: Tensor) -> None:
+        """Set the norms by rows (n, D): see `standardise`."""
+        standardise(self.visual_norm, image_rows)
+        standardise(self.visual_prompt_norm, prompt_rows)
+        standardise(self.text_norm, prompt_rows)
+
     def visual_query(self, prompt: Rows) -> Tensor:
         """Ask what the prompt wants of an image, (B, K, M): the inner attention of Eq. (3)."""
-        states = self.visual_norm(prompt.states)
+        states = self.visual_prompt_norm(prompt.states)
         return self.visual_prompt_attention(self.visual_queries, states, prompt.mask)
 
     def visual(self, visual_query: Tensor, image: Rows) -> Tensor:

@@ -36,7 +36,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedT
 import data
 import liveedit
 import run
-from generator import CrossAttention, Edit, ExpertGenerator, ExpertRepository, apply_experts
+from benchmarks.updates import UPDATE_FORMS, drawn_updates
+from generator import (
+    CrossAttention,
+    Edit,
+    ExpertGenerator,
+    ExpertRepository,
+    apply_experts,
+    standardise,
+)
 from liveedit import EDIT, GENERALITY, LOCALITY, LiveEdit, LiveEditConfig, States
 from router import (
     FeatureExtractor,
@@ -200,6 +208,7 @@ def fill_block(norm, queries, number: int) -> None:
 
 def fill_extractor(side: FeatureExtractor, number: int) -> None:
     fill_block(side.visual_norm, side.visual_queries, number)
+    fill_block(side.visual_prompt_norm, side.visual_queries, number)
     fill_block(side.text_norm, side.text_queries, number + 15)
     fill_attention(side.visual_prompt_attention, number + 3)
     fill_attention(side.visual_image_attention, number + 9)
@@ -344,9 +353,21 @@ def test_an_untrained_generator_copies_the_answer_token_by_token():
     for i, row in enumerate(range(5, 9)):
         assert F.cosine_similarity(V[0, i], states[0, row], dim=0) > 0.7
         assert F.cosine_similarity(U[0, i], states[0, row - 1], dim=0) > 0.7
+    embedded = torch.randn(1, 9, 32)
+    for i, row in enumerate(range(5, 9)):
+        V = generator(states, mask, answer, embedded)[1]
+        assert F.cosine_similarity(V[0, i], embedded[0, row], dim=0) > 0.7
     longer = torch.cat([states, torch.randn(1, 3, 32)], dim=1)
     rows = torch.arange(12)[None]
     assert torch.isfinite(torch.cat(generator(longer, rows >= 2, rows >= 5))).all()
+
+
+def test_standardised_norms_see_no_channel_that_is_large_or_constant():
+    rows = torch.randn(500, 8) * torch.tensor([1, 1, 1, 1, 1, 1, 0.2, 30]) + 20 * torch.ones(8)
+    norm = torch.nn.LayerNorm(8)
+    standardise(norm, rows)
+    assert_close(norm(rows).mean(0), torch.zeros(8), 1e-4)
+    assert_close(norm(rows).std(0), torch.ones(8), 1e-3)
 
 
 def test_rows_of_an_answer_carry_their_place_wherever_they_stand():
@@ -1174,6 +1195,21 @@ def trained(base, tmp_path_factory):
     return editor, samples
 
 
+def test_standardise_fits_each_norm_to_the_rows_that_it_reads(base):
+    editor = LiveEdit(*base, LiveEditConfig(layer=2, module_dim=32, sentinel_tokens=4))
+    edits = [run.question(sample.edit) for sample in data.drawn_training(12, 0)]
+    states = editor.capture(edits, above=False)
+    editor.standardise(states)
+    masks, side = states.masks, editor.router.input_side
+    read = [(side.visual_norm, masks.image), (side.text_norm, masks.prompt)]
+    read += [(side.visual_prompt_norm, masks.prompt)]
+    read += [(editor.norm, masks.image | masks.prompt | masks.answer)]
+    for norm, mask in read:
+        normed = norm(states.hidden[mask])
+        assert_close(normed.mean(0), torch.zeros(128), 1e-3)
+        assert_close(normed.std(0), torch.ones(128), 1e-2)
+
+
 def test_ten_edits_hold_spread_and_leave_the_rest(trained):
     editor, samples = trained
     editor.attach()
@@ -1848,7 +1884,9 @@ def test_the_drawn_benchmark_keeps_its_promises():
     )
     assert not seen & tested, "a scene of the evaluation is in training"
     held_out = {p for phrases in data.PHRASINGS.values() for p in phrases[-data.HELD_OUT :]}
-    assert not held_out & {query.prompt for s in training for query in s.queries.values()}
+    asked = {query.prompt for s in training for query in s.queries.values()}
+    assert not held_out & asked
+    assert set(data.OTHER_QUESTIONS) < asked
     trained = {word.lower() for s in training for word in s.edit.target.split()}
     new = [s.edit.target for s in stream if s.kind == "open"]
     letters = [word.lower() for target in new for word in target.split() if word.isalpha()]
@@ -1882,9 +1920,9 @@ def test_the_drawn_benchmark_keeps_its_promises():
 
 def test_updates_edit_earlier_facts_again_with_new_answers():
     stream = data.drawn_stream(90, 0)
-    updates = data.drawn_updates(stream, 30, 0)
+    updates = drawn_updates(stream, 30, 0)
     assert len({update.sample for update in updates}) == 30
-    assert {update.form for update in updates} == set(data.UPDATE_FORMS)
+    assert {update.form for update in updates} == set(UPDATE_FORMS)
     for update in updates:
         old, new = stream[update.sample].edit, update.edit
         scene, family = old.fact
@@ -2027,7 +2065,7 @@ def test_the_update_stream_counts_what_it_says(base, trained, monkeypatch):
     editor, _ = trained
     editor.attach()
     stream = data.drawn_stream(10, 0)
-    updates = data.drawn_updates(stream[:8], 2, 0)
+    updates = drawn_updates(stream[:8], 2, 0)
     right, wrong = updates[0].sample, updates[1].sample
 
     def answer(editor, queries, longest, batch_size):

@@ -6,7 +6,7 @@
     python benchmarks/peers.py --table FILE                the table of earlier results
 
 A method is a class with `edit`, `answer` and `reset` as `Unedited` has them; add yours to METHODS.
-Settings are chosen from its `grid` on a stream as long, of training scenes, and are kept in the
+Settings are chosen from its `grid` on --tuning-edits edits of training scenes, and are kept in the
 results with all that were tried. LiveEdit is one trained editor; the others need no training.
 """
 
@@ -293,7 +293,7 @@ class Codebook(Unedited):
     name = "GRACE"
     grid = [
         {"radius": radius, "steps": steps}
-        for radius in (0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.13, 0.17, 0.22)
+        for radius in (0.01, 0.03, 0.05, 0.1, 0.15, 0.22)
         for steps in (50, 200)
     ]
 
@@ -466,6 +466,7 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-llava")
     parser.add_argument("--editor", type=Path, default=ROOT / "output" / "editor")
     parser.add_argument("--edits", type=int, default=500)
+    parser.add_argument("--tuning-edits", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=[kind.name for kind in METHODS])
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "peers.json")
@@ -488,13 +489,14 @@ def main() -> None:
     editor.reset()
     counts = [n for n in (1, 10, 100) if n < given.edits] + [given.edits]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    results = {"model": given.model, "edits": given.edits, "versions": versions, "methods": {}}
+    results = {"model": given.model, "edits": given.edits, "tuning_edits": given.tuning_edits}
+    results |= {"versions": versions, "methods": {}}
     if given.out.exists():  # of other methods
         results["methods"] = json.loads(given.out.read_text())["methods"]
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for kind in chosen:
         began = time.time()
-        settings, tried = tuned(kind, editor, given.edits)
+        settings, tried = tuned(kind, editor, given.tuning_edits)
         found = {"settings": settings, "seconds_of_tuning": time.time() - began, "tried": tried}
         found["seeds"] = {}
         for seed in given.seeds:

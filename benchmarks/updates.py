@@ -5,7 +5,39 @@ then both the older and the newer question are asked. The new values are words o
 `python run.py` runs it.
 """
 
-from data import UPDATE_FORMS, EditSample, drawn_updates
+import random
+from dataclasses import replace
+from typing import NamedTuple
+
+from data import SCENES, EditSample, Query, Shares, edit_target
+
+SHARES = Shares(open=0.0, novel_names=0.0)
+UPDATE_FORMS = {
+    "exact": "reliability",
+    "rephrased": "text_generality",
+    "another picture": "modal_generality",
+}
+
+
+class Update(NamedTuple):
+    """A fact of the stream that is edited again."""
+
+    sample: int  # index into the stream
+    form: str  # one of UPDATE_FORMS: how the new edit asks for the fact
+    edit: Query
+
+
+def drawn_updates(stream: list[EditSample], count: int, seed: int) -> list[Update]:
+    """`count` facts of a drawn stream, each edited again with another value, in all forms."""
+    rng, updates, forms = random.Random(f"updates {seed}"), [], list(UPDATE_FORMS)
+    for n, i in enumerate(rng.sample(range(len(stream)), count)):
+        form = forms[n % len(forms)]
+        asked = stream[i].queries[UPDATE_FORMS[form]]
+        target = asked.target
+        while target == asked.target:
+            target = edit_target(*asked.fact, SCENES, rng, SHARES, True)[1]
+        updates.append(Update(i, form, replace(asked, target=target)))
+    return updates
 
 
 def evaluate_updates(editor, stream: list[EditSample], options, answer) -> dict:

@@ -1,0 +1,152 @@
+"""Take parts of the method away from a trained editor, and ask the main job's stream again.
+
+    python run.py                         first: the editor in output/
+    python benchmarks/ablations.py        ten minutes on 2 CPU cores
+    python benchmarks/ablations.py --table FILE
+
+Shows what needs no other training: the editor is the same in all rows. Writes ablations.json.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.updates import evaluate_updates
+from data import drawn_stream
+from generator import ExpertGenerator
+from liveedit import LiveEdit
+from router import Features, Router, Routing
+from run import answer, ask_all, judge, load_model, question, report_row
+
+Weigh = Callable[[Router, Routing, Tensor], Tensor]  # gives other weights (B, n)
+
+
+def mean(router: Router, routing: Routing, used: Tensor) -> Tensor:
+    """Weigh all experts that are used alike."""
+    return used / used.sum(1, keepdim=True).clamp(min=1)
+
+
+def top_1(router: Router, routing: Routing, used: Tensor) -> Tensor:
+    """Use the heaviest expert alone, with its weight."""
+    most = routing.weights.amax(1, keepdim=True) if used.shape[1] else routing.weights
+    return torch.where(used & (routing.weights == most), routing.weights, 0.0)
+
+
+def by_picture(router: Router, routing: Routing, used: Tensor) -> Tensor:
+    """Weigh by the visual similarity instead of the text's."""
+    logits = router.visual_logits(routing.similarity[:, routing.experts])
+    return torch.where(used, logits.masked_fill(~used, -1e30).softmax(-1), 0.0)
+
+
+def no_sigmoid(router: Router, routing: Routing, used: Tensor) -> Tensor:
+    """Weigh by the softmax alone: whatever the filter keeps acts in full."""
+    total = routing.weights.sum(1, keepdim=True).clamp(min=1e-12)
+    return routing.weights / total
+
+
+def weighing(weigh: Weigh, editor: LiveEdit) -> None:
+    """Put other weights in the place of the soft router's."""
+    router = editor.router
+
+    def route(features: Features, visual_keys: Tensor, text_keys: Tensor) -> Routing:
+        routing = Router.route(router, features, visual_keys, text_keys)
+        return routing._replace(weights=weigh(router, routing, routing.weights > 0))
+
+    router.route = route
+
+
+def untrained_generator(editor: LiveEdit) -> None:
+    """Put a fresh generator in the place of the trained one."""
+    torch.manual_seed(0)
+    c, width = editor.config, editor.norm.weight.numel()
+    editor.generator = ExpertGenerator(width, c.module_dim, c.rank, c.heads, c.gain)
+
+
+# What is taken away: (changes of the config, a change of the editor).
+ABLATIONS = {
+    "LiveEdit": ({}, None),
+    "newest does not win (the paper)": ({"newest_wins": False}, None),
+    "no visual filter": ({"threshold": -1.0}, None),
+    "fixed threshold 0.5": ({"threshold": 0.5}, None),
+    "fixed threshold 0.7": ({"threshold": 0.7}, None),
+    "fixed threshold 0.9": ({"threshold": 0.9}, None),
+    "top-1 expert": ({}, partial(weighing, top_1)),
+    "mean of the kept": ({}, partial(weighing, mean)),
+    "softmax without sigmoid": ({}, partial(weighing, no_sigmoid)),
+    "weights by picture, not text": ({}, partial(weighing, by_picture)),
+    "untrained generator": ({}, untrained_generator),
+}
+COLUMNS = {
+    "reliability": "Rel", "text_generality": "T-Gen", "modal_generality": "M-Gen",
+    "modal_locality": "M-Loc", "same_image": "Same img", "similar_image": "Similar",
+}  # fmt: skip
+
+
+def measure(editor: LiveEdit, stream: list, options: argparse.Namespace, before: dict) -> dict:
+    """Edit the whole stream and ask all its queries; then the stream of updates."""
+    longest, batch_size = options.longest, options.eval_batch_size
+    edits = editor.edit_many([question(sample.edit) for sample in stream], batch_size)
+    after = ask_all(editor, stream, longest, batch_size)
+    results = []
+    for sample, edit in zip(stream, edits, strict=True):
+        results += judge(sample, edit.id, len(stream), before, after)
+    row = report_row(len(stream), results)
+    return row | {"updates": evaluate_updates(editor, stream, options, answer)}
+
+
+def markdown(results: dict) -> str:
+    """Print free-running figures, one row for each ablation."""
+    lines = ["| free-running | " + " | ".join(COLUMNS.values()) + " | newest, % | old, % |"]
+    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    for name, row in results["ablations"].items():
+        cells = [row["free_running"][column] for column in COLUMNS]
+        cells += [row["updates"]["newest"], row["updates"]["old"]]
+        lines.append(f"| {name} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny-llava")
+    parser.add_argument("--editor", type=Path, default=ROOT / "output" / "editor")
+    parser.add_argument("--edits", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eval-batch-size", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / "ablations.json")
+    parser.add_argument("--table", type=Path, help="print the table of these results only")
+    given = parser.parse_args()
+    if given.table:
+        print(markdown(json.loads(given.table.read_text())))
+        return
+    model, processor = load_model(given.model, "cpu", "auto")
+    stream = drawn_stream(given.edits, given.seed)
+    targets = [query.target for sample in stream for query in sample.queries.values()]
+    given.longest = 4 + max(len(processor.tokenizer(target).input_ids) for target in targets)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    results = {"model": given.model, "edits": given.edits, "seed": given.seed}
+    results |= {"versions": versions, "ablations": {}}
+    before = {}
+    for name, (changes, change) in ABLATIONS.items():
+        editor = LiveEdit.from_pretrained(model, processor, given.editor, **changes)
+        editor.reset()
+        before = before or ask_all(editor, stream, given.longest, given.eval_batch_size)
+        if change is not None:
+            change(editor)
+        results["ablations"][name] = measure(editor, stream, given, before)
+        editor.detach()
+        given.out.write_text(json.dumps(results, indent=1))
+        print(name, flush=True)
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()

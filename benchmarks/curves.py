@@ -1,0 +1,93 @@
+"""Draw LiveEdit beside its peers from the results of peers.py.
+
+    pip install matplotlib
+    python benchmarks/curves.py benchmarks/results/tiny-llava/peers.json assets
+
+Writes retention.png (edited answers, and all others, after more and more edits) and tradeoff.png
+(generality against hard locality after all of them). All figures are free-running.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+EDITED = ("reliability", "text_generality", "modal_generality")
+UNTOUCHED = ("modal_locality", "same_image", "similar_image")
+GENERALITY = ("text_generality", "modal_generality")
+HARD_LOCALITY = ("same_image", "similar_image")
+MARKERS = "osD^v<>Pph"
+
+
+def mean(row: dict, names: tuple[str, ...]) -> float:
+    """Average some free-running figures of one row."""
+    return statistics.mean(row["free_running"][name] for name in names)
+
+
+def mean_of_seeds(method: dict, row: int, names: tuple[str, ...]) -> float:
+    """Average over the seeds too."""
+    return statistics.mean(mean(rows[row], names) for rows in method["seeds"].values())
+
+
+def style(name: str, number: int) -> dict:
+    """Give a method the same look in all figures; LiveEdit stands out."""
+    strong = name == "LiveEdit"
+    look = {"label": name, "marker": MARKERS[number], "zorder": 3 if strong else 2}
+    return look | {
+        "color": "black" if strong else f"C{number}",
+        "linewidth": 2.5 if strong else 1.2,
+    }
+
+
+def retention(methods: dict, file: Path) -> None:
+    """Draw what is left of edits, and of the rest, as edits become more."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    titles = ("edited: mean of Rel, T-Gen, M-Gen", "not edited: mean of M-Loc, Same img, Similar")
+    for panel, names, title in zip(panels, (EDITED, UNTOUCHED), titles, strict=True):
+        for number, (name, method) in enumerate(methods.items()):
+            counts = [row["edits"] for row in next(iter(method["seeds"].values()))]
+            values = [mean_of_seeds(method, row, names) for row in range(len(counts))]
+            panel.plot(counts, values, **style(name, number))
+        panel.set(xscale="log", xlabel="edits in the model", title=title, ylim=(-3, 103))
+        panel.set_xticks(counts, [str(count) for count in counts])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("right or unchanged, %")
+    panels[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def tradeoff(methods: dict, file: Path) -> None:
+    """Draw generality against hard locality after the whole stream."""
+    figure, panel = plt.subplots(figsize=(6, 5))
+    for number, (name, method) in enumerate(methods.items()):
+        look = style(name, number)
+        x, y = (mean_of_seeds(method, -1, names) for names in (HARD_LOCALITY, GENERALITY))
+        panel.scatter(x, y, s=70, color=look["color"], marker=look["marker"])
+        left = x > 60
+        side = {"ha": "right" if left else "left", "xytext": (-8 if left else 8, -3)}
+        panel.annotate(name, (x, y), textcoords="offset points", **side)
+    panel.set(xlabel="hard locality: mean of Same img and Similar, %", xlim=(-3, 103))
+    panel.set(ylabel="generality: mean of T-Gen and M-Gen, %", ylim=(-3, 103))
+    panel.grid(alpha=0.3)
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    methods = json.loads(Path(sys.argv[1]).read_text())["methods"]
+    folder = Path(sys.argv[2])
+    retention(methods, folder / "retention.png")
+    tradeoff(methods, folder / "tradeoff.png")
+
+
+if __name__ == "__main__":
+    main()
