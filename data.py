@@ -195,9 +195,10 @@ HELD_OUT = 4
 
 
 def read_lines(name: str) -> list[str]:
-    """The lines of a word list beside the tiny LLaVA, without comments."""
+    """The lines of a text file beside the tiny LLaVA, without comments."""
     file = Path(__file__).resolve().parent / "tiny-llava" / name
-    return [line for line in file.read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def read_phrasings() -> dict[str, tuple[str, ...]]:
@@ -471,8 +472,8 @@ def drawn_training(count: int, seed: int) -> list[EditSample]:
     Each keeps the edit, one generality query (another picture, in other words: both at once), one
     locality query with an image and one without:
     for the same work, more different samples teach more than more queries about each. Half of the
-    questions about the edited picture itself are of no family. Open targets and made-up names,
-    which are learned last, come more often than in the evaluation.
+    questions about the edited picture itself are OTHER_QUESTIONS, of no family. Open targets and
+    made-up names, which are learned last, come more often than in the evaluation.
     """
     scenes, drawn = split_scenes()[0], []
     for start in range(0, count, len(scenes)):
@@ -485,7 +486,7 @@ def drawn_training(count: int, seed: int) -> list[EditSample]:
         queries = {name: sample.queries[name] for name in names}
         if untouched == "same_image" and rng.random() < 0.5:
             asked, scene = rng.choice(OTHER_QUESTIONS), sample.edit.image.scene
-            # Locality compares with what the model itself says, whatever the target.
+            # Locality compares with the model itself, whose first token needs no target.
             queries[untouched] = Query(sample.edit.image, asked, "yes", (scene, asked))
         rephrased = sample.queries["text_generality"].prompt
         queries["modal_generality"] = replace(queries["modal_generality"], prompt=rephrased)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Of a new generator. Queries are places times QUERY_SCALE: large enough that each attends to its
-# place from the start. Values are states times VALUE_SCALE: then, at the paper's gain and width
-# 4096, the residual of a matching state is about as large as a state.
+# place from the start. Values are normed states, or embeddings, times VALUE_SCALE: then, at the
+# paper's gain and width 4096, the residual of a matching state is about as large as a state.
 QUERY_SCALE, VALUE_SCALE = 2.0, 0.15
 LEAST_DEVIATION = 0.05  # of a channel: what hardly varies is not blown up
 
@@ -114,8 +114,8 @@ class ExpertGenerator(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Make U (B, R, D) and V (B, R, D) from states (B, T, D).
 
-        mask (B, T) is True on image, prompt and answer rows, answer (B, T) on those of the answer;
-        embedded (B, T, D) holds the embeddings of the answer's tokens there.
+        mask (B, T) is True on image, prompt and answer rows, answer (B, T) on the n of the answers;
+        embedded (n, D) are the embeddings of these tokens, row by row.
         Differs from the paper: keys of answer rows carry their place in the answer; for U such a
         row holds the state before it, which says its token, for V the token's embedding: deep
         layers blur which token they read. Without `answer` and `embedded` it is the paper's.
@@ -125,8 +125,8 @@ class ExpertGenerator(nn.Module):
             before = F.pad(states, (0, 0, 1, 0))[:, :-1]
             saying = torch.where(answer[..., None], before, states)
             places = self._places(answer)
-        if embedded is not None:
-            reading = torch.where(answer[..., None], embedded, states)
+            if embedded is not None:
+                reading = states.masked_scatter(answer[..., None], embedded)
         # Eq. (1): f_eg(h) = (CA_U(U, h), CA_V(V, h)) with h = h_v ++ h_p ++ h_o
         U = self.attention_U(self.queries_U, self.norm_U(saying), mask, places)
         V = self.attention_V(self.queries_V, self.norm_V(reading), mask, places)

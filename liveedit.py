@@ -454,17 +454,20 @@ class LiveEdit(nn.Module):
         with plain_mode(states.hidden.device):
             hidden, masks = states.hidden.float(), states.masks
             used = masks.image | masks.prompt | masks.answer
-            U, V = self.generator(hidden, used, masks.answer, self._embedded(states.labels))
+            embedded = self._embedded(states.labels[masks.answer])
+            U, V = self.generator(hidden, used, masks.answer, embedded)
             prompt, image = Rows.gather(hidden, masks.prompt), Rows.gather(hidden, masks.image)
             visual_keys = self.router.visual_key(prompt, image)
             text_keys = self.router.text_key(prompt)
         return {"U": U, "V": V, "visual_keys": visual_keys, "text_keys": text_keys}
 
-    def _embedded(self, labels: Tensor) -> Tensor:
-        """Give the embeddings (B, T, D) of answer tokens, before any layer has read them."""
-        with torch.no_grad():
-            embedded = self.model.get_input_embeddings()(labels.clamp(min=0))
-        return embedded.float().to(labels.device)
+    @torch.no_grad()
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """Embed the tokens (n,) of answers, (n, D): what the model reads before any layer."""
+        embeddings = self.model.get_input_embeddings()
+        embedded = embeddings(tokens.to(device_of(embeddings))).float().to(tokens.device)
+        self._thread.embedded = None  # this was no call of an inner model
+        return embedded
 
     def _add_edits(self, questions: list[Question], made: list[dict]) -> list[Edit]:
         if not questions:
@@ -798,12 +801,20 @@ class LiveEdit(nn.Module):
     # ------------------------------------------------------------------------ the editor learns
 
     def standardise(self, states: States) -> None:
-        """Fit an untrained editor's norms to states of some edits: see `generator.standardise`."""
-        hidden, masks = states.hidden.float(), states.masks
-        image, prompt = hidden[masks.image], hidden[masks.prompt]
+        """Fit the norms of a new editor to the states of some edits: see `generator.standardise`.
+
+        All but `norm_V`, which reads embeddings. Raises RuntimeError on an editor that has been
+        trained, ValueError if the states have no images, prompts and answers.
+        """
+        if self.trained_steps or len(self.experts):
+            raise RuntimeError("the norms of an editor that has been trained are no longer fitted")
+        hidden, masks = states.hidden, states.masks
+        if min(int(mask.sum()) for mask in masks) < 2:
+            raise ValueError("norms are fitted to states of edits: with image, prompt and answer")
+        prompt, image = hidden[masks.prompt].float(), hidden[masks.image].float()
         for side in (self.router.edit_side, self.router.input_side):
             side.standardise(prompt, image)
-        used = torch.cat([image, prompt, hidden[masks.answer]])
+        used = hidden[masks.image | masks.prompt | masks.answer].float()
         standardise(self.generator.norm_U, used)
         standardise(self.norm, used)
 
@@ -830,8 +841,9 @@ class LiveEdit(nn.Module):
         in_scope = (role == EDIT) | (role == GENERALITY)
 
         used = (masks.image | masks.prompt | masks.answer)[edits]
-        embedded = self._embedded(states.labels[edits])
-        U, V = self.generator(hidden[edits], used, masks.answer[edits], embedded)
+        answer = masks.answer[edits]
+        embedded = self._embedded(states.labels[edits][answer])
+        U, V = self.generator(hidden[edits], used, answer, embedded)
         text_keys = self.router.text_key(prompt)
         features = self.router.features(prompt, image)
         scores = text_similarity(features.text, text_keys[edits])

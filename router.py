@@ -84,7 +84,7 @@ class FeatureExtractor(nn.Module):
     """Routing features; the edit side and the input side have the same form, other weights.
 
     Learned queries and norms before the attention are as in `ExpertGenerator`.
-    Differs from the official code: the visual branch has a norm for prompts beside that for images.
+    Differs from the official code: the visual branch has a norm for prompts and one for images.
     """
 
     def __init__(self, hidden_size: int, module_dim: int, slots: int, heads: int):

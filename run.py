@@ -403,6 +403,20 @@ def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, settings: di
     return content
 
 
+def fit_norms(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespace) -> None:
+    """Fit a new editor's norms to the model, alike in all processes."""
+    some = [
+        question(sample.queries[name])
+        for sample in samples[:32]
+        for name in ROLES
+        if name in sample.queries
+    ]
+    editor.standardise(editor.capture(some, options.eval_batch_size, above=False))
+    if PROCESSES > 1:
+        for parameter in editor.parameters():
+            dist.broadcast(parameter.data, src=0)
+
+
 def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespace) -> dict:
     """Train on all losses of the method. Ctrl-C saves a checkpoint that --resume continues.
 
@@ -413,11 +427,8 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     settings = {name: getattr(options, name) for name in TRAINING_OPTIONS}
     settings |= {"config": asdict(editor.config), "processes": PROCESSES}
-    if not options.resume:
-        some = [
-            question(s.queries[name]) for s in samples[:32] for name in ROLES if name in s.queries
-        ]
-        editor.standardise(editor.capture(some, options.eval_batch_size, above=False))
+    if not options.resume:  # a checkpoint has them
+        fit_norms(editor, samples, options)
     samples, seed = samples[RANK::PROCESSES], options.seed + RANK
     if RANK:
         torch.manual_seed(seed)  # all have the same networks by now
@@ -598,7 +609,7 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Names
         for start in bar_of(range(0, len(tested), count), desc=f"streams of {count}"):
             part = tested[start : start + count]
             editor.reset()
-            # Anew for each stream: in half precision an answer depends on those of its batch.
+            # Anew for each stream: in half precision an answer depends on what shares its batch.
             before = ask_all(editor, part, longest, batch_size)
             began = time.time()
             edits = editor.edit_many([question(sample.edit) for sample in part], batch_size)
@@ -609,6 +620,7 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Names
                 results += judge(sample, edit.id, count, before, after)
         predictions += results
         rows.append(report_row(count, results))
+    # The last stream is the whole.
     unedited = [judged for sample in stream for judged in judge(sample, None, 0, before, before)]
     return [report_row(0, unedited), *rows], unedited + predictions, cost
 

@@ -45,7 +45,7 @@ from generator import (
     apply_experts,
     standardise,
 )
-from liveedit import EDIT, GENERALITY, LOCALITY, LiveEdit, LiveEditConfig, States
+from liveedit import EDIT, GENERALITY, LOCALITY, LiveEdit, LiveEditConfig, Question, States
 from router import (
     FeatureExtractor,
     Router,
@@ -353,21 +353,27 @@ def test_an_untrained_generator_copies_the_answer_token_by_token():
     for i, row in enumerate(range(5, 9)):
         assert F.cosine_similarity(V[0, i], states[0, row], dim=0) > 0.7
         assert F.cosine_similarity(U[0, i], states[0, row - 1], dim=0) > 0.7
-    embedded = torch.randn(1, 9, 32)
-    for i, row in enumerate(range(5, 9)):
-        V = generator(states, mask, answer, embedded)[1]
-        assert F.cosine_similarity(V[0, i], embedded[0, row], dim=0) > 0.7
+    embedded = torch.randn(4, 32)
+    V = generator(states, mask, answer, embedded)[1]
+    assert F.cosine_similarity(V[0], embedded, dim=1).min() > 0.7
     longer = torch.cat([states, torch.randn(1, 3, 32)], dim=1)
     rows = torch.arange(12)[None]
     assert torch.isfinite(torch.cat(generator(longer, rows >= 2, rows >= 5))).all()
 
 
 def test_standardised_norms_see_no_channel_that_is_large_or_constant():
-    rows = torch.randn(500, 8) * torch.tensor([1, 1, 1, 1, 1, 1, 0.2, 30]) + 20 * torch.ones(8)
+    rows = torch.randn(500, 8) * torch.tensor([1, 1, 1, 1, 1, 1, 0.2, 30])
+    rows[:, 5] += 20
     norm = torch.nn.LayerNorm(8)
     standardise(norm, rows)
     assert_close(norm(rows).mean(0), torch.zeros(8), 1e-4)
     assert_close(norm(rows).std(0), torch.ones(8), 1e-3)
+    sign = torch.randn(500, 1).sign()
+    constant = torch.zeros(500, 4)  # in its last two channels, before and behind the norm
+    constant[:, :2] = torch.cat([sign, -sign], dim=1)
+    norm = torch.nn.LayerNorm(4)
+    standardise(norm, constant)
+    assert_same(norm(constant)[:, 2:], torch.zeros(500, 2))
 
 
 def test_rows_of_an_answer_carry_their_place_wherever_they_stand():
@@ -1200,14 +1206,21 @@ def test_standardise_fits_each_norm_to_the_rows_that_it_reads(base):
     edits = [run.question(sample.edit) for sample in data.drawn_training(12, 0)]
     states = editor.capture(edits, above=False)
     editor.standardise(states)
-    masks, side = states.masks, editor.router.input_side
-    read = [(side.visual_norm, masks.image), (side.text_norm, masks.prompt)]
-    read += [(side.visual_prompt_norm, masks.prompt)]
-    read += [(editor.norm, masks.image | masks.prompt | masks.answer)]
+    image, prompt, answer = states.masks
+    read = [(editor.norm, image | prompt | answer)]
+    read.append((editor.generator.norm_U, image | prompt | answer))
+    for side in (editor.router.edit_side, editor.router.input_side):
+        read += [(side.visual_norm, image), (side.text_norm, prompt)]
+        read.append((side.visual_prompt_norm, prompt))
     for norm, mask in read:
         normed = norm(states.hidden[mask])
         assert_close(normed.mean(0), torch.zeros(128), 1e-3)
         assert_close(normed.std(0), torch.ones(128), 1e-2)
+    with pytest.raises(ValueError, match="image, prompt and answer"):
+        editor.standardise(editor.capture([Question(None, TEXT, "7")], above=False))
+    editor.trained_steps = 1
+    with pytest.raises(RuntimeError, match="trained"):
+        editor.standardise(states)
 
 
 def test_ten_edits_hold_spread_and_leave_the_rest(trained):
@@ -1408,6 +1421,12 @@ def test_the_laws_hold_for_each_family(family):
     original = logits_of(editor, inputs)
     edits = [(picture(i), f"question {i}", "answer") for i in range(3)]
     made = editor.edit_inputs(inputs, edits)
+    assert editor._thread.embedded is None, "embedding an answer counts as a call of the model"
+    states = editor.capture_inputs(inputs, above=False)
+    embedded = model.get_input_embeddings()(inputs["labels"][:, -3:].flatten())
+    used = states.masks.image | states.masks.prompt | states.masks.answer
+    V = editor.generator(states.hidden, used, states.masks.answer, embedded)[1]
+    assert_close(editor.experts.rows("V"), V, 1e-5)
     edited = logits_of(editor, inputs)
     assert all(not torch.allclose(edited[row], original[row], atol=1e-2) for row in range(3))
     assert [len(used) for used in editor.explain(inputs)] == [3] * 3
@@ -2337,6 +2356,7 @@ def test_two_processes_train_as_one_that_averages_their_gradients(tmp_path):
     options = run.parse_options([*map(str, arguments), "--train-steps", "1"])
     torch.manual_seed(0)
     editor, samples, _ = run.prepare(options)
+    run.fit_norms(editor, samples, options)
     optimizers, gradients = run.make_optimizers(editor, options.learning_rate), []
     for rank in (0, 1):
         if rank:

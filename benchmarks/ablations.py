@@ -4,7 +4,7 @@
     python benchmarks/ablations.py        ten minutes on 2 CPU cores
     python benchmarks/ablations.py --table FILE
 
-Shows what needs no other training: the editor is the same in all rows. Writes ablations.json.
+Nothing is trained anew: what each part does for the trained editor. Writes ablations.json.
 """
 
 import argparse
@@ -21,36 +21,36 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.updates import evaluate_updates
-from data import drawn_stream
-from generator import ExpertGenerator
+from data import drawn_stream, drawn_training
+from generator import ExpertGenerator, standardise
 from liveedit import LiveEdit
-from router import Features, Router, Routing
+from router import Features, Router, Routing, text_similarity
 from run import answer, ask_all, judge, load_model, question, report_row
 
-Weigh = Callable[[Router, Routing, Tensor], Tensor]  # gives other weights (B, n)
+# Gives other weights (B, n) from the router, its decision, the text scores and which are used.
+Weigh = Callable[[Router, Routing, Tensor, Tensor], Tensor]
 
 
-def mean(router: Router, routing: Routing, used: Tensor) -> Tensor:
+def mean(router: Router, routing: Routing, scores: Tensor, used: Tensor) -> Tensor:
     """Weigh all experts that are used alike."""
     return used / used.sum(1, keepdim=True).clamp(min=1)
 
 
-def top_1(router: Router, routing: Routing, used: Tensor) -> Tensor:
+def top_1(router: Router, routing: Routing, scores: Tensor, used: Tensor) -> Tensor:
     """Use the heaviest expert alone, with its weight."""
     most = routing.weights.amax(1, keepdim=True) if used.shape[1] else routing.weights
     return torch.where(used & (routing.weights == most), routing.weights, 0.0)
 
 
-def by_picture(router: Router, routing: Routing, used: Tensor) -> Tensor:
-    """Weigh by the visual similarity instead of the text's."""
+def by_picture(router: Router, routing: Routing, scores: Tensor, used: Tensor) -> Tensor:
+    """Weigh by a softmax over the visual similarities, without the text."""
     logits = router.visual_logits(routing.similarity[:, routing.experts])
     return torch.where(used, logits.masked_fill(~used, -1e30).softmax(-1), 0.0)
 
 
-def no_sigmoid(router: Router, routing: Routing, used: Tensor) -> Tensor:
-    """Weigh by the softmax alone: whatever the filter keeps acts in full."""
-    total = routing.weights.sum(1, keepdim=True).clamp(min=1e-12)
-    return routing.weights / total
+def no_sigmoid(router: Router, routing: Routing, scores: Tensor, used: Tensor) -> Tensor:
+    """Weigh by the softmax alone: what the filter keeps acts in full."""
+    return torch.where(used, scores.masked_fill(~used, -1e30).softmax(-1), 0.0)
 
 
 def weighing(weigh: Weigh, editor: LiveEdit) -> None:
@@ -59,30 +59,37 @@ def weighing(weigh: Weigh, editor: LiveEdit) -> None:
 
     def route(features: Features, visual_keys: Tensor, text_keys: Tensor) -> Routing:
         routing = Router.route(router, features, visual_keys, text_keys)
-        return routing._replace(weights=weigh(router, routing, routing.weights > 0))
+        scores = text_similarity(features.text, text_keys[routing.experts])
+        return routing._replace(weights=weigh(router, routing, scores, routing.weights > 0))
 
     router.route = route
 
 
 def untrained_generator(editor: LiveEdit) -> None:
-    """Put a fresh generator in the place of the trained one."""
+    """Put a new generator, as training begins with, in the place of the trained one."""
     torch.manual_seed(0)
     c, width = editor.config, editor.norm.weight.numel()
     editor.generator = ExpertGenerator(width, c.module_dim, c.rank, c.heads, c.gain)
+    edits = [question(sample.edit) for sample in drawn_training(32, 0)]
+    states = editor.capture(edits, above=False)
+    used = states.masks.image | states.masks.prompt | states.masks.answer
+    standardise(editor.generator.norm_U, states.hidden[used].float())
 
 
-# What is taken away: (changes of the config, a change of the editor).
+# What is taken away: (changes of the config, a change of the editor). The margin of "newest wins"
+# is measured from the threshold: where that is another, newest does not win.
+BLEND = {"newest_wins": False}
 ABLATIONS = {
     "LiveEdit": ({}, None),
-    "newest does not win (the paper)": ({"newest_wins": False}, None),
-    "no visual filter": ({"threshold": -1.0}, None),
-    "fixed threshold 0.5": ({"threshold": 0.5}, None),
-    "fixed threshold 0.7": ({"threshold": 0.7}, None),
-    "fixed threshold 0.9": ({"threshold": 0.9}, None),
+    "newest does not win (the paper)": (BLEND, None),
+    "... and no visual filter": (BLEND | {"threshold": -1.0}, None),
+    "... and a fixed threshold, 0.5": (BLEND | {"threshold": 0.5}, None),
+    "... and a fixed threshold, 0.7": (BLEND | {"threshold": 0.7}, None),
+    "... and a fixed threshold, 0.9": (BLEND | {"threshold": 0.9}, None),
     "top-1 expert": ({}, partial(weighing, top_1)),
-    "mean of the kept": ({}, partial(weighing, mean)),
+    "mean of the kept, no sigmoid": ({}, partial(weighing, mean)),
     "softmax without sigmoid": ({}, partial(weighing, no_sigmoid)),
-    "weights by picture, not text": ({}, partial(weighing, by_picture)),
+    "weights by picture, no sigmoid": ({}, partial(weighing, by_picture)),
     "untrained generator": ({}, untrained_generator),
 }
 COLUMNS = {
@@ -124,6 +131,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "ablations.json")
     parser.add_argument("--table", type=Path, help="print the table of these results only")
     given = parser.parse_args()
+    if given.edits < 5:
+        parser.error("--edits must be at least 5: a fifth of them are edited again")
     if given.table:
         print(markdown(json.loads(given.table.read_text())))
         return
@@ -136,7 +145,10 @@ def main() -> None:
     results |= {"versions": versions, "ablations": {}}
     before = {}
     for name, (changes, change) in ABLATIONS.items():
-        editor = LiveEdit.from_pretrained(model, processor, given.editor, **changes)
+        try:
+            editor = LiveEdit.from_pretrained(model, processor, given.editor, **changes)
+        except (OSError, ValueError) as error:
+            sys.exit(f"ablations.py: {error}")
         editor.reset()
         before = before or ask_all(editor, stream, given.longest, given.eval_batch_size)
         if change is not None:

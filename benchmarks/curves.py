@@ -37,7 +37,7 @@ def mean_of_seeds(method: dict, row: int, names: tuple[str, ...]) -> float:
 def style(name: str, number: int) -> dict:
     """Give a method the same look in all figures; LiveEdit stands out."""
     strong = name == "LiveEdit"
-    look = {"label": name, "marker": MARKERS[number], "zorder": 3 if strong else 2}
+    look = {"label": name, "marker": MARKERS[number % len(MARKERS)], "zorder": 3 if strong else 2}
     return look | {
         "color": "black" if strong else f"C{number}",
         "linewidth": 2.5 if strong else 1.2,
@@ -85,6 +85,7 @@ def main() -> None:
         sys.exit(__doc__)
     methods = json.loads(Path(sys.argv[1]).read_text())["methods"]
     folder = Path(sys.argv[2])
+    folder.mkdir(parents=True, exist_ok=True)
     retention(methods, folder / "retention.png")
     tradeoff(methods, folder / "tradeoff.png")
 

@@ -6,8 +6,9 @@
     python benchmarks/peers.py --table FILE                the table of earlier results
 
 A method is a class with `edit`, `answer` and `reset` as `Unedited` has them; add yours to METHODS.
-Settings are chosen from its `grid` on --tuning-edits edits of training scenes, and are kept in the
-results with all that were tried. LiveEdit is one trained editor; the others need no training.
+Settings are chosen from its `grid` on --tuning-edits edits of training scenes (another number of
+edits may favor others), and are kept in the results with all that were tried. LiveEdit is one
+trained editor; the others need no training.
 """
 
 import argparse
@@ -489,8 +490,7 @@ def main() -> None:
     editor.reset()
     counts = [n for n in (1, 10, 100) if n < given.edits] + [given.edits]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    results = {"model": given.model, "edits": given.edits, "tuning_edits": given.tuning_edits}
-    results |= {"versions": versions, "methods": {}}
+    results = {"model": given.model, "edits": given.edits, "versions": versions, "methods": {}}
     if given.out.exists():  # of other methods
         results["methods"] = json.loads(given.out.read_text())["methods"]
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -498,7 +498,7 @@ def main() -> None:
         began = time.time()
         settings, tried = tuned(kind, editor, given.tuning_edits)
         found = {"settings": settings, "seconds_of_tuning": time.time() - began, "tried": tried}
-        found["seeds"] = {}
+        found |= {"tuning_edits": given.tuning_edits, "seeds": {}}
         for seed in given.seeds:
             torch.manual_seed(seed)
             method = kind(editor, **settings)

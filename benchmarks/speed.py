@@ -81,9 +81,11 @@ def straightforward_step(editor: LiveEdit, samples: list) -> None:
     """Compute the editing losses one sequence at a time, with whole passes for each."""
     for sample in samples:
         edit = editor.capture([question(sample.edit)])
-        used = edit.masks.image | edit.masks.prompt | edit.masks.answer
+        answer = edit.masks.answer
+        used = edit.masks.image | edit.masks.prompt | answer
+        embedded = editor.model.get_input_embeddings()(edit.labels[answer]).float()
         for name in [name for name in ROLES if name in sample.queries]:
-            U, V = editor.generator(edit.hidden.float(), used, edit.masks.answer)
+            U, V = editor.generator(edit.hidden.float(), used, answer, embedded)
             row = editor.capture([question(sample.queries[name])])
             hidden = row.hidden.float()
             edited = hidden + apply_experts(editor.norm(hidden), U, V, hidden.new_ones(1, 1))

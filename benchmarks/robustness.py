@@ -1,0 +1,160 @@
+"""Ask edited facts with pictures that are spoiled: noise, blur, crops, turns, other sizes.
+
+    python run.py                         first: the editor in output/
+    python benchmarks/robustness.py       some minutes on 2 CPU cores
+    python benchmarks/robustness.py --table FILE
+
+The edits are made with the pictures as they are. Beside the edited answers stands how often the
+unedited model still answers as it does of the picture as it is. Writes robustness.json.
+"""
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy
+import torch
+import transformers
+from PIL import Image, ImageFilter
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import Drawing, Query, drawn_stream
+from liveedit import LiveEdit
+from run import answer, load_model, normalise, percent, question
+
+
+def noise(image: Image.Image, deviation: float) -> Image.Image:
+    """Add Gaussian noise to each number of each pixel (0 to 255)."""
+    pixels = numpy.asarray(image, dtype=float)
+    pixels = pixels + numpy.random.default_rng(0).normal(0, deviation, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype("uint8"))
+
+
+def crop(image: Image.Image, share: float) -> Image.Image:
+    """Keep the middle, and scale it to the size of the whole."""
+    margin = [round(side * (1 - share) / 2) for side in image.size]
+    box = (*margin, image.width - margin[0], image.height - margin[1])
+    return image.crop(box).resize(image.size)
+
+
+def turn(image: Image.Image, degrees: float) -> Image.Image:
+    """Turn the picture; corners are filled with its first pixel's color."""
+    return image.rotate(degrees, Image.Resampling.BILINEAR, fillcolor=image.getpixel((0, 0)))
+
+
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
+    """Compress the picture."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+def blur(image: Image.Image, radius: float) -> Image.Image:
+    """Blur the picture."""
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def scale(image: Image.Image, factor: float) -> Image.Image:
+    """Give the picture another size."""
+    return image.resize((round(image.width * factor), round(image.height * factor)))
+
+
+SPOILED: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "as it is": Image.Image.copy,
+    "noise of deviation 10": partial(noise, deviation=10),
+    "noise of deviation 30": partial(noise, deviation=30),
+    "blur of radius 1": partial(blur, radius=1),
+    "blur of radius 3": partial(blur, radius=3),
+    "middle 90 %": partial(crop, share=0.9),
+    "turned by 15 degrees": partial(turn, degrees=15),
+    "turned by 90 degrees": partial(turn, degrees=90),
+    "half the size": partial(scale, factor=0.5),
+    "three times the size": partial(scale, factor=3),
+    "JPEG of quality 20": partial(jpeg, quality=20),
+}
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """A drawing that is spoiled when it is opened."""
+
+    drawing: Drawing
+    how: str
+
+    def open(self) -> Image.Image:
+        """Draw the picture and spoil it."""
+        return SPOILED[self.how](self.drawing.open())
+
+
+def spoiled(query: Query, how: str) -> Query:
+    """The same question about the spoiled picture."""
+    return replace(query, image=Spoiled(query.image, how))
+
+
+def share_same(one: list[str], other: list[str]) -> float:
+    """Tell how many answers agree, in per cent."""
+    return percent(normalise(a) == normalise(b) for a, b in zip(one, other, strict=True))
+
+
+def said(editor: LiveEdit, queries: list[Query]) -> list[str]:
+    """Answer freely."""
+    return [one.generated for one in answer(editor, queries, 24, 128)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="tiny-llava")
+    parser.add_argument("--editor", type=Path, default=ROOT / "output" / "editor")
+    parser.add_argument("--edits", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / "robustness.json")
+    parser.add_argument("--table", type=Path, help="print the table of these results only")
+    given = parser.parse_args()
+    if given.table:
+        print(markdown(json.loads(given.table.read_text())))
+        return
+    model, processor = load_model(given.model, "cpu", "auto")
+    try:
+        editor = LiveEdit.from_pretrained(model, processor, given.editor)
+    except (OSError, ValueError) as error:
+        sys.exit(f"robustness.py: {error}")
+    editor.reset()
+    stream = drawn_stream(given.edits, given.seed)
+    edits = [sample.edit for sample in stream]
+    others = [sample.queries["same_image"] for sample in stream]
+    targets = [edit.target for edit in edits]
+    before, before_other = said(editor, edits), said(editor, others)
+    editor.edit_many([question(edit) for edit in edits], 128)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    results = {"model": given.model, "edits": given.edits, "seed": given.seed}
+    results |= {"versions": versions, "rows": {}}
+    for how in SPOILED:
+        asked, asked_other = ([spoiled(q, how) for q in group] for group in (edits, others))
+        with editor.disabled():
+            seen = share_same(said(editor, asked), before)
+        row = {"edited": share_same(said(editor, asked), targets), "model_as_before": seen}
+        row["same_image_as_before"] = share_same(said(editor, asked_other), before_other)
+        results["rows"][how] = row
+        given.out.write_text(json.dumps(results, indent=1))
+        print(how, row, flush=True)
+    print(markdown(results))
+
+
+def markdown(results: dict) -> str:
+    """Print free-running figures, one row for each way to spoil a picture."""
+    lines = ["| picture | edited answer | other question as before | unedited model as before |"]
+    lines.append("|---|---|---|---|")
+    for how, row in results["rows"].items():
+        cells = (row["edited"], row["same_image_as_before"], row["model_as_before"])
+        lines.append(f"| {how} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
