@@ -689,7 +689,22 @@ class LiveEdit(nn.Module):
                 raise ValueError(f"labels are {tuple(labels.shape)}, input_ids {tuple(ids.shape)}")
             labels = F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)
         special = torch.tensor(self._special_ids, device=ids.device)
-        return row_masks(ids, mask, labels, self.model.config.image_token_id, special)
+        masks = row_masks(ids, mask, labels, self.model.config.image_token_id, special)
+        return masks._replace(prompt=self._last_question(ids, masks.prompt))
+
+    def _last_question(self, ids: Tensor, prompt: Tensor) -> Tensor:
+        """Leave of the prompt rows (B, T) those of the last question, in a chat of several turns.
+
+        Differs from the paper, whose prompts are single questions.
+        """
+        opening = self._encoder.turn_opening if self._encoder else []
+        n = len(opening)
+        if not 0 < n <= ids.shape[1]:
+            return prompt
+        opens = (ids.unfold(1, n, 1) == torch.tensor(opening, device=ids.device)).all(-1)
+        left = opens.flip(1).cumsum(1).flip(1)  # turns that open here or later
+        left = torch.cat([left[:, :1].expand(-1, n - 1), left], dim=1)  # or end here
+        return prompt & (left == 0)
 
     @cached_property
     def _special_ids(self) -> list[int]:
@@ -1193,6 +1208,21 @@ class PromptEncoder:
                     return text
         remedy = "set processor.chat_template = None, or use edit_inputs"
         raise ValueError(f"the chat template does not render the question {question!r}; {remedy}")
+
+    @cached_property
+    def turn_opening(self) -> list[int]:
+        """The tokens between an answer and the next question of a chat; none without a template."""
+        roles = {"first": "user", "second": "assistant", "third": "user"}
+        text = ""
+        for as_parts in (True, False):
+            turns = []
+            for said, role in roles.items():
+                content = [{"type": "text", "text": said}] if as_parts else said
+                turns.append({"role": role, "content": content})
+            with contextlib.suppress(Exception):  # of the template: no chats, or another form
+                text = text or self.processor.apply_chat_template(turns)
+        between = text.partition("second")[2].partition("third")[0].strip()
+        return self.tokenizer(between, add_special_tokens=False).input_ids
 
     @cached_property
     def _processor_places_image_token(self) -> bool:

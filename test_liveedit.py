@@ -1051,6 +1051,23 @@ def test_bos_is_stripped_from_a_template_only_where_the_tokenizer_adds_one(base)
         editor.detach()
 
 
+def test_of_a_chat_the_last_question_is_the_prompt(base):
+    model, processor = base
+    editor = strong_editor(model, processor)
+    texts = []
+    for asked in ([QUESTIONS[1]], [QUESTIONS[0], QUESTIONS[1]]):
+        turns = []
+        for question in asked:
+            parts = [{"type": "image"}] * (not turns) + [{"type": "text", "text": question}]
+            said = [{"type": "text", "text": "ring"}]
+            turns += [{"role": "user", "content": parts}, {"role": "assistant", "content": said}]
+        texts.append(processor.apply_chat_template(turns[:-1], add_generation_prompt=True))
+    rows = {"images": [[picture()]] * 2, "text": texts}
+    inputs = processor(**rows, padding=True, padding_side="left", return_tensors="pt")
+    for ids, prompt in zip(inputs["input_ids"], editor._masks(inputs).prompt, strict=True):
+        assert processor.tokenizer.decode(ids[prompt]).strip() == f"{QUESTIONS[1]} ASSISTANT:"
+
+
 def test_prompt_styles_and_lists(base):
     texts = []
     for style in ("official", "chat"):
