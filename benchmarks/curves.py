@@ -69,13 +69,11 @@ def tradeoff(methods: dict, file: Path) -> None:
     for number, (name, method) in enumerate(methods.items()):
         look = style(name, number)
         x, y = (mean_of_seeds(method, -1, names) for names in (HARD_LOCALITY, GENERALITY))
-        panel.scatter(x, y, s=70, color=look["color"], marker=look["marker"])
-        left = x > 60
-        side = {"ha": "right" if left else "left", "xytext": (-8 if left else 8, -3)}
-        panel.annotate(name, (x, y), textcoords="offset points", **side)
+        panel.scatter(x, y, s=70, color=look["color"], marker=look["marker"], label=name)
     panel.set(xlabel="hard locality: mean of Same img and Similar, %", xlim=(-3, 103))
     panel.set(ylabel="generality: mean of T-Gen and M-Gen, %", ylim=(-3, 103))
     panel.grid(alpha=0.3)
+    panel.legend(loc="lower left")
     figure.savefig(file, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
