@@ -1213,16 +1213,17 @@ class PromptEncoder:
     def turn_opening(self) -> list[int]:
         """The tokens between an answer and the next question of a chat; none without a template."""
         roles = {"first": "user", "second": "assistant", "third": "user"}
-        text = ""
         for as_parts in (True, False):
             turns = []
             for said, role in roles.items():
                 content = [{"type": "text", "text": said}] if as_parts else said
                 turns.append({"role": role, "content": content})
             with contextlib.suppress(Exception):  # of the template: no chats, or another form
-                text = text or self.processor.apply_chat_template(turns)
-        between = text.partition("second")[2].partition("third")[0].strip()
-        return self.tokenizer(between, add_special_tokens=False).input_ids
+                text = self.processor.apply_chat_template(turns)
+                between = text.partition("second")[2].partition("third")[0].strip()
+                if between and "'type'" not in text:
+                    return self.tokenizer(between, add_special_tokens=False).input_ids
+        return []
 
     @cached_property
     def _processor_places_image_token(self) -> bool:

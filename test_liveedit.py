@@ -1066,6 +1066,12 @@ def test_of_a_chat_the_last_question_is_the_prompt(base):
     inputs = processor(**rows, padding=True, padding_side="left", return_tensors="pt")
     for ids, prompt in zip(inputs["input_ids"], editor._masks(inputs).prompt, strict=True):
         assert processor.tokenizer.decode(ids[prompt]).strip() == f"{QUESTIONS[1]} ASSISTANT:"
+    editor.detach()
+    of_strings = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    for template, opening in ((of_strings, "<|user|>"), ("{{ raise_exception('no chats') }}", "")):
+        editor = strong_editor(model, FakeProcessor(processor, chat_template=template))
+        assert processor.tokenizer.decode(editor._encoder.turn_opening) == opening
+        editor.detach()
 
 
 def test_prompt_styles_and_lists(base):
