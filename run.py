@@ -598,9 +598,7 @@ def summarise(results: list[dict], way: str) -> dict[str, float | None]:
 
 def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Namespace):
     """Give rows of the report, all predictions, and the cost of editing."""
-    batch_size, tokenizer = options.eval_batch_size, editor.processor.tokenizer
-    targets = [query.target for sample in stream for query in sample.queries.values()]
-    longest = 4 + max(len(tokenizer(target).input_ids) for target in targets)
+    batch_size, longest = options.eval_batch_size, longest_answer(editor, stream)
     rows, predictions, cost = [], [], {}
     for count in [n for n in (1, 10, 100) if n < len(stream)] + [len(stream)]:
         # Short streams start from the unedited model again until 100 edits are averaged.
@@ -623,6 +621,12 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Names
     # The last stream is the whole.
     unedited = [judged for sample in stream for judged in judge(sample, None, 0, before, before)]
     return [report_row(0, unedited), *rows], unedited + predictions, cost
+
+
+def longest_answer(editor: LiveEdit, samples: list[EditSample]) -> int:
+    """Tell how many tokens to generate, some more than any target of the samples has."""
+    targets = [query.target for sample in samples for query in sample.queries.values()]
+    return 4 + max(len(editor.processor.tokenizer(target).input_ids) for target in targets)
 
 
 def ask_all(editor: LiveEdit, samples: list[EditSample], longest: int, batch_size: int) -> dict:

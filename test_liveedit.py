@@ -36,6 +36,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedT
 import data
 import liveedit
 import run
+from benchmarks import ablations
 from benchmarks.updates import UPDATE_FORMS, drawn_updates
 from generator import (
     CrossAttention,
@@ -49,6 +50,7 @@ from liveedit import EDIT, GENERALITY, LOCALITY, LiveEdit, LiveEditConfig, Quest
 from router import (
     FeatureExtractor,
     Router,
+    Routing,
     Rows,
     hard_filter_loss,
     row_masks,
@@ -263,6 +265,20 @@ def test_apply_experts_is_the_double_loop_and_ignores_their_order():
     order = torch.tensor([2, 0, 1])
     assert_close(apply_experts(h, U, V, w), naive, 1e-4)
     assert_close(apply_experts(h, U[order], V[order], w[:, order]), naive, 1e-4)
+
+
+def test_ablated_weights_are_what_their_rows_say():
+    scores, used = torch.tensor([[2.0, 1.0, 3.0]]), torch.tensor([[True, True, False]])
+    full = soft_weights(scores, used)
+    routing = Routing(torch.tensor([[0.9, 0.5, 0.7]]), torch.zeros(1), torch.arange(3), full)
+    router = Router(8, 8, 1, 1, 2)
+    asked = (router, routing, scores, used)
+    assert_close(ablations.mean(*asked), torch.tensor([[0.5, 0.5, 0.0]]), 1e-6)
+    assert_close(ablations.top_1(*asked), torch.tensor([[full[0, 0], 0.0, 0.0]]), 1e-6)
+    share = 1 / (1 + math.exp(-1.0))
+    assert_close(ablations.no_sigmoid(*asked), torch.tensor([[share, 1 - share, 0.0]]), 1e-5)
+    share = 1 / (1 + math.exp(-0.4 * 10))  # the new router's temperature
+    assert_close(ablations.by_picture(*asked), torch.tensor([[share, 1 - share, 0.0]]), 1e-5)
 
 
 def test_soft_weights_is_the_loop_and_drops_the_dropped():

@@ -1,7 +1,7 @@
 """Take parts of the method away from a trained editor, and ask the main job's stream again.
 
     python run.py                         first: the editor in output/
-    python benchmarks/ablations.py        ten minutes on 2 CPU cores
+    python benchmarks/ablations.py        a minute for 100 edits on 2 CPU cores
     python benchmarks/ablations.py --table FILE
 
 Nothing is trained anew: what each part does for the trained editor. Writes ablations.json.
@@ -25,7 +25,7 @@ from data import drawn_stream, drawn_training
 from generator import ExpertGenerator, standardise
 from liveedit import LiveEdit
 from router import Features, Router, Routing, text_similarity
-from run import answer, ask_all, judge, load_model, question, report_row
+from run import answer, ask_all, judge, load_model, longest_answer, question, report_row
 
 # Gives other weights (B, n) from the router, its decision, the text scores and which are used.
 Weigh = Callable[[Router, Routing, Tensor, Tensor], Tensor]
@@ -100,7 +100,7 @@ COLUMNS = {
 
 def measure(editor: LiveEdit, stream: list, options: argparse.Namespace, before: dict) -> dict:
     """Edit the whole stream and ask all its queries; then the stream of updates."""
-    longest, batch_size = options.longest, options.eval_batch_size
+    longest, batch_size = longest_answer(editor, stream), options.eval_batch_size
     edits = editor.edit_many([question(sample.edit) for sample in stream], batch_size)
     after = ask_all(editor, stream, longest, batch_size)
     results = []
@@ -138,11 +138,10 @@ def main() -> None:
         return
     model, processor = load_model(given.model, "cpu", "auto")
     stream = drawn_stream(given.edits, given.seed)
-    targets = [query.target for sample in stream for query in sample.queries.values()]
-    given.longest = 4 + max(len(processor.tokenizer(target).input_ids) for target in targets)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     results = {"model": given.model, "edits": given.edits, "seed": given.seed}
     results |= {"versions": versions, "ablations": {}}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     before = {}
     for name, (changes, change) in ABLATIONS.items():
         try:
@@ -150,7 +149,8 @@ def main() -> None:
         except (OSError, ValueError) as error:
             sys.exit(f"ablations.py: {error}")
         editor.reset()
-        before = before or ask_all(editor, stream, given.longest, given.eval_batch_size)
+        longest = longest_answer(editor, stream)
+        before = before or ask_all(editor, stream, longest, given.eval_batch_size)
         if change is not None:
             change(editor)
         results["ablations"][name] = measure(editor, stream, given, before)

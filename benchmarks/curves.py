@@ -81,6 +81,8 @@ def tradeoff(methods: dict, file: Path) -> None:
 def main() -> None:
     if len(sys.argv) != 3:
         sys.exit(__doc__)
+    if not Path(sys.argv[1]).is_file():
+        sys.exit(f"curves.py: there are no results of peers.py in {sys.argv[1]}")
     methods = json.loads(Path(sys.argv[1]).read_text())["methods"]
     folder = Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)

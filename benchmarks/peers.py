@@ -32,7 +32,16 @@ sys.path.insert(0, str(ROOT))
 from data import Query, drawn_samples, drawn_stream, split_scenes
 from liveedit import LiveEdit, find_decoder_layers, hidden_of, with_hidden
 from router import IGNORE
-from run import Answer, answer, judge, keep_freed_memory, load_model, question, report_row
+from run import (
+    Answer,
+    answer,
+    judge,
+    keep_freed_memory,
+    load_model,
+    longest_answer,
+    question,
+    report_row,
+)
 
 BATCH = 128
 JUDGED_BY = (
@@ -385,8 +394,7 @@ METHODS = [Unedited, OurEdits, Lookup, InContext, FineTuned, FineTunedOnAll, Ada
 def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]:
     """Run the main job's protocol: after 1, 10, ... edits all of them are asked about."""
     queries = [query for sample in stream for query in sample.queries.values()]
-    tokenizer = method.editor.processor.tokenizer
-    longest = 4 + max(len(tokenizer(query.target).input_ids) for query in queries)
+    longest = longest_answer(method.editor, stream)
     method.reset()
     before = told(method, queries, longest)
     rows = []

@@ -125,6 +125,7 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"robustness.py: {error}")
     editor.reset()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     stream = drawn_stream(given.edits, given.seed)
     edits = [sample.edit for sample in stream]
     others = [sample.queries["same_image"] for sample in stream]
