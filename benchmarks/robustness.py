@@ -1,7 +1,7 @@
 """Ask edited facts with pictures that are spoiled: noise, blur, crops, turns, other sizes.
 
     python run.py                         first: the editor in output/
-    python benchmarks/robustness.py       some minutes on 2 CPU cores
+    python benchmarks/robustness.py       a minute for 250 edits on 2 CPU cores
     python benchmarks/robustness.py --table FILE
 
 The edits are made with the pictures as they are. Beside the edited answers stands how often the
