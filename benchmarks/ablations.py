@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
@@ -22,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.updates import evaluate_updates
 from data import drawn_stream, drawn_training
-from generator import ExpertGenerator, standardise
-from liveedit import LiveEdit
+from generator import ExpertGenerator, apply_experts, standardise
+from liveedit import LiveEdit, States
 from router import Features, Router, Routing, text_similarity
 from run import answer, ask_all, judge, load_model, longest_answer, question, report_row
 
@@ -76,6 +77,34 @@ def untrained_generator(editor: LiveEdit) -> None:
     standardise(editor.generator.norm_U, states.hidden[used].float())
 
 
+def optimised_experts(editor: LiveEdit, steps: int) -> None:
+    """Train each edit's own U and V on its target, from those of an untrained generator."""
+    untrained_generator(editor)
+    generate = editor._make_experts
+
+    def make_experts(states: States) -> dict[str, Tensor]:
+        experts, own = generate(states), torch.eye(len(states.hidden))
+        U, V = (experts[name].requires_grad_() for name in ("U", "V"))
+        optimizer = torch.optim.Adam([U, V], lr=0.01)
+        normed, targets = editor.norm(states.hidden), states.labels[states.masks.answer]
+        for _ in range(steps):
+            edited = states.hidden + apply_experts(normed.detach(), U, V, own)
+            logits = editor.frozen.upper(edited, states)
+            optimizer.zero_grad()
+            F.cross_entropy(logits, targets, reduction="sum").backward()
+            optimizer.step()
+        return experts | {"U": U.detach(), "V": V.detach()}
+
+    # Training needs what the layers above are called with.
+    editor.capture = partial(captured_whole, editor)
+    editor._make_experts = make_experts
+
+
+def captured_whole(editor: LiveEdit, questions: list, above: bool) -> States:
+    """Capture what training needs, too."""
+    return LiveEdit.capture(editor, questions)
+
+
 # What is taken away: (changes of the config, a change of the editor). The margin of "newest wins"
 # is measured from the threshold: where that is another, newest does not win.
 BLEND = {"newest_wins": False}
@@ -91,6 +120,8 @@ ABLATIONS = {
     "softmax without sigmoid": ({}, partial(weighing, no_sigmoid)),
     "weights by picture, no sigmoid": ({}, partial(weighing, by_picture)),
     "untrained generator": ({}, untrained_generator),
+    "experts optimised, 20 steps": ({}, partial(optimised_experts, steps=20)),
+    "experts optimised, 100 steps": ({}, partial(optimised_experts, steps=100)),
 }
 COLUMNS = {
     "reliability": "Rel", "text_generality": "T-Gen", "modal_generality": "M-Gen",

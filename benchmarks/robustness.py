@@ -1,16 +1,18 @@
-"""Ask edited facts with pictures that are spoiled: noise, blur, crops, turns, other sizes.
+"""Ask edited facts with spoiled pictures, edit one picture three times, and in another order.
 
     python run.py                         first: the editor in output/
     python benchmarks/robustness.py       a minute for 250 edits on 2 CPU cores
     python benchmarks/robustness.py --table FILE
 
 The edits are made with the pictures as they are. Beside the edited answers stands how often the
-unedited model still answers as it does of the picture as it is. Writes robustness.json.
+unedited model still answers as it does of the picture as it is. Then three of the four questions
+about each picture are edited, in two orders; the fourth must stay. Writes robustness.json.
 """
 
 import argparse
 import io
 import json
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +26,16 @@ from PIL import Image, ImageFilter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import Drawing, Query, drawn_stream
+from data import (
+    FAMILIES,
+    HELD_OUT,
+    PHRASINGS,
+    Drawing,
+    Query,
+    drawn_stream,
+    open_target,
+    split_scenes,
+)
 from liveedit import LiveEdit
 from run import answer, load_model, normalise, percent, question
 
@@ -107,6 +118,49 @@ def said(editor: LiveEdit, queries: list[Query]) -> list[str]:
     return [one.generated for one in answer(editor, queries, 24, 128)]
 
 
+def three_of_each(pictures: int, seed: int) -> dict[str, list[Query]]:
+    """Edit three of four facts of each picture; ask them, in other words and of another drawing.
+
+    The fourth, untouched, asks the edited picture itself.
+    """
+    rng, asked = random.Random(f"three {seed}"), {}
+    for scene in rng.sample(split_scenes()[1], pictures):
+        drawings = [Drawing(scene, rng.randrange(2**31)) for _ in range(2)]
+        families = rng.sample(FAMILIES, len(FAMILIES))
+        for family in families[1:]:
+            target, words = open_target(rng, held_out=True), PHRASINGS[family]
+            edit = Query(drawings[0], rng.choice(words[:-HELD_OUT]), target, (scene, family))
+            asked.setdefault("edited", []).append(edit)
+            rephrased = replace(edit, prompt=rng.choice(words[-HELD_OUT:]))
+            asked.setdefault("in other words", []).append(rephrased)
+            asked.setdefault("another drawing", []).append(replace(edit, image=drawings[1]))
+        fourth = rng.choice(PHRASINGS[families[0]])
+        truth = Query(drawings[0], fourth, scene.answer(families[0]), (scene, families[0]))
+        asked.setdefault("fourth question as before", []).append(truth)
+    return asked
+
+
+def one_picture_many_edits(editor: LiveEdit, pictures: int, seed: int) -> dict[str, dict]:
+    """Give the shares of right answers when edits come in turn, and when they come in any order."""
+    asked, rows = three_of_each(pictures, seed), {}
+    untouched = asked.pop("fourth question as before")
+    editor.reset()
+    before = said(editor, untouched)
+    edits = [question(query) for query in asked["edited"]]
+    shuffled = random.Random(seed).sample(edits, len(edits))
+    for order, ordered in (("in turn", edits), ("in any order", shuffled)):
+        editor.reset()
+        editor.edit_many(ordered, 128)
+        row = {
+            name: share_same(said(editor, queries), [query.target for query in queries])
+            for name, queries in asked.items()
+        }
+        rows[order] = row | {
+            "fourth question as before": share_same(said(editor, untouched), before)
+        }
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-llava")
@@ -144,6 +198,8 @@ def main() -> None:
         results["rows"][how] = row
         given.out.write_text(json.dumps(results, indent=1))
         print(how, row, flush=True)
+    results["three_of_each"] = one_picture_many_edits(editor, given.edits // 5, given.seed)
+    given.out.write_text(json.dumps(results, indent=1))
     print(markdown(results))
 
 
@@ -154,6 +210,12 @@ def markdown(results: dict) -> str:
     for how, row in results["rows"].items():
         cells = (row["edited"], row["same_image_as_before"], row["model_as_before"])
         lines.append(f"| {how} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
+    columns = next(iter(results["three_of_each"].values()))
+    lines += ["", "| three edits of each picture | " + " | ".join(columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for order, row in results["three_of_each"].items():
+        cells = " | ".join(f"{row[column]:.1f}" for column in columns)
+        lines.append(f"| {order} | {cells} |")
     return "\n".join(lines)
 
 
