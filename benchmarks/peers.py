@@ -44,10 +44,8 @@ from run import (
 )
 
 BATCH = 128
-JUDGED_BY = (
-    "reliability", "text_generality", "modal_generality", "text_locality", "modal_locality",
-    "same_image", "similar_image",
-)  # fmt: skip
+EDITED = ("reliability", "text_generality", "modal_generality")
+UNTOUCHED = ("text_locality", "modal_locality", "same_image", "similar_image")
 
 
 # ---------------------------------------------------------------------------------------- methods
@@ -425,8 +423,14 @@ def told(method: Unedited, queries: list[Query], longest: int) -> dict[int, Answ
 
 
 def quality(row: dict) -> float:
-    """Judge settings by the mean of all that edits may change."""
-    return statistics.mean(row["teacher_forced"][name] for name in JUDGED_BY)
+    """Judge settings by what is edited and by what must stay alike.
+
+    The harmonic mean of the two averages: their sum would be best where nothing is edited.
+    """
+    found = row["teacher_forced"]
+    return statistics.harmonic_mean(
+        [statistics.mean(found[name] for name in names) for names in (EDITED, UNTOUCHED)]
+    )
 
 
 def tuned(kind, editor: LiveEdit, edits: int) -> tuple[dict, list]:
