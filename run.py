@@ -68,7 +68,7 @@ PAPER_CUT = 10_000  # step at which the paper's learning rate falls to a tenth
 SMALL = {"train_steps": 1000, "train_samples": 14_000, "batch_size": 32, "learning_rate": 1.5e-3}
 SMALL_WIDTH = 1024
 # Hidden numbers per token and edit of a small model's training step: the wider the model, the fewer
-# edits, down to the paper's batch, and samples in proportion. Steps then take about as long.
+# edits, down to the paper's batch. Steps then take about as long.
 STEP_WIDTH = 2**13
 # A small decoder cannot spell a word from its beginning, so the expert does it: one rank for each
 # token of an answer. Where layers are few, most of them must lie above to make a word of it.
@@ -213,8 +213,7 @@ def training_defaults(width: int) -> dict:
     if width >= SMALL_WIDTH:
         return PAPER
     batch_size = max(PAPER["batch_size"], min(SMALL["batch_size"], STEP_WIDTH // width))
-    samples = SMALL["train_samples"] * batch_size // SMALL["batch_size"]
-    return SMALL | {"batch_size": batch_size, "train_samples": samples}
+    return SMALL | {"batch_size": batch_size}
 
 
 def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], list[EditSample]]:
@@ -453,8 +452,10 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
             editor.zero_grad()
             losses["total"].backward()
             average_gradients(list(editor.parameters()))
-            # Differs from the paper: gradients are cut to norm 1.
-            torch.nn.utils.clip_grad_norm_(editor.parameters(), 1.0)
+            # Differs from the paper: gradients are cut to norm 1. Each part on its own, or large
+            # gradients of the experts would silence the router's.
+            for part in (editor.generator, editor.router, editor.norm):
+                torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
             progress["step"], progress["seconds"] = step + 1, time.time() - start

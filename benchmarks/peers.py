@@ -54,7 +54,7 @@ UNTOUCHED = ("text_locality", "modal_locality", "same_image", "similar_image")
 class Unedited:
     """The model as it is: the floor of reliability, the ceiling of locality."""
 
-    name, grid = "none", [{}]
+    name, needs, grid = "none", "nothing", [{}]
 
     def __init__(self, editor: LiveEdit):
         """Take the model and its encoding from an editor without edits."""
@@ -82,7 +82,7 @@ class Unedited:
 class OurEdits(Unedited):
     """LiveEdit."""
 
-    name, grid = "LiveEdit", [{}]
+    name, needs, grid = "LiveEdit", "an editor, trained once", [{}]
 
     def edit(self, edits):
         self.editor.edit_many([question(query) for query in edits], BATCH)
@@ -104,7 +104,7 @@ NEARNESS = [
 class Lookup(Unedited):
     """Say the target of the nearest stored edit, where one is near enough."""
 
-    name, grid = "lookup", NEARNESS
+    name, needs, grid = "lookup", "a threshold", NEARNESS
 
     def __init__(self, editor, threshold: float, by: str):
         """Take the least similarity and what a question is known by: see `features`."""
@@ -172,7 +172,7 @@ class Lookup(Unedited):
 class InContext(Lookup):
     """RAG, or IKE: the nearest stored edit is put into the prompt."""
 
-    name = "in context (RAG)"
+    name, needs = "in context (RAG)", "a threshold, a form"
     forms = ("New fact: {question} {answer}. {asked}", "The answer is {answer}. {asked}")
     grid = [near | {"form": form} for form in forms for near in NEARNESS]
 
@@ -193,7 +193,7 @@ class InContext(Lookup):
 class FineTuned(Unedited):
     """FT-L: Adam on one down-projection, edit after edit, some steps each."""
 
-    name = "FT-L"
+    name, needs = "FT-L", "rate, steps"
     grid = [
         {"rate": rate, "steps": steps} for rate in (1e-4, 3e-4, 1e-3, 3e-3) for steps in (5, 20)
     ]
@@ -298,7 +298,7 @@ class Codebook(Unedited):
     The radius is a share of the key's length, and fixed; an edit of the same key replaces it.
     """
 
-    name = "GRACE"
+    name, needs = "GRACE", "a radius, steps"
     grid = [
         {"radius": radius, "steps": steps}
         for radius in (0.01, 0.03, 0.05, 0.1, 0.15, 0.22)
@@ -390,7 +390,10 @@ METHODS = [Unedited, OurEdits, Lookup, InContext, FineTuned, FineTunedOnAll, Ada
 
 
 def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]:
-    """Run the main job's protocol: after 1, 10, ... edits all of them are asked about."""
+    """Run the main job's protocol: after 1, 10, ... edits all of them are asked about.
+
+    Seconds are of the processor: those of all threads together.
+    """
     queries = [query for sample in stream for query in sample.queries.values()]
     longest = longest_answer(method.editor, stream)
     method.reset()
@@ -398,19 +401,22 @@ def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]
     rows = []
     for count in counts:
         tested = stream[: max(count, min(100, len(stream) // count * count))]
-        results, editing = [], 0.0
+        results, editing, asking, number = [], 0.0, 0.0, 0
         for start in tqdm(range(0, len(tested), count), desc=f"{method.name}, {count} edits"):
             part = tested[start : start + count]
             method.reset()
-            began = time.time()
+            began = time.process_time()
             method.edit([sample.edit for sample in part])
-            editing += time.time() - began
+            edited = time.process_time()
             asked = [query for sample in part for query in sample.queries.values()]
             after = told(method, asked, longest)
+            editing, asking = editing + edited - began, asking + time.process_time() - edited
+            number += len(asked)
             for sample in part:
                 results += judge(sample, None, count, before, after)
         row = report_row(count, results) | {"seconds_per_edit": editing / len(tested)}
         del row["router"]
+        row["seconds_per_question"] = asking / number
         rows.append(row | {"bytes_per_edit": method.bytes() / count})
     method.reset()
     return rows
@@ -474,6 +480,28 @@ def markdown(results: dict, way: str) -> str:
     return "\n".join(lines)
 
 
+def costs(results: dict) -> str:
+    """Print what edits and questions cost at the longest stream."""
+    lines = ["| cost | an edit, ms | an edit, KiB | a question, ms | to be chosen or trained |"]
+    lines.append("|---|---|---|---|---|")
+    needs = {kind.name: kind.needs for kind in METHODS}
+    for name, method in results["methods"].items():
+        last = [rows[-1] for rows in method["seeds"].values()]
+        cells = []
+        for key, unit in (
+            ("seconds_per_edit", 1e-3), ("bytes_per_edit", 1024), ("seconds_per_question", 1e-3),
+        ):  # fmt: skip
+            cells.append(f"{statistics.mean(row[key] for row in last) / unit:.1f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {needs[name]} |")
+    return "\n".join(lines)
+
+
+def report(results: dict) -> str:
+    """Print all tables."""
+    ways = [markdown(results, way) for way in ("teacher_forced", "free_running")]
+    return "\n\n".join([*ways, costs(results)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-llava")
@@ -486,8 +514,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="print the table of these results only")
     given = parser.parse_args()
     if given.table:
-        results = json.loads(given.table.read_text())
-        print(markdown(results, "teacher_forced") + "\n\n" + markdown(results, "free_running"))
+        print(report(json.loads(given.table.read_text())))
         return
     chosen = [kind for kind in METHODS if not given.methods or kind.name in given.methods]
     if Adapter in chosen and importlib.util.find_spec("peft") is None:
@@ -520,7 +547,7 @@ def main() -> None:
         results["methods"][kind.name] = found
         given.out.write_text(json.dumps(results, indent=1))
         print(kind.name, settings, f"{found['seconds']:.0f} s")
-    print(markdown(results, "teacher_forced") + "\n\n" + markdown(results, "free_running"))
+    print(report(results))
 
 
 if __name__ == "__main__":
