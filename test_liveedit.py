@@ -274,7 +274,8 @@ def test_ablated_weights_are_what_their_rows_say():
     router = Router(8, 8, 1, 1, 2)
     asked = (router, routing, scores, used)
     assert_close(ablations.mean(*asked), torch.tensor([[0.5, 0.5, 0.0]]), 1e-6)
-    assert_close(ablations.top_1(*asked), torch.tensor([[full[0, 0], 0.0, 0.0]]), 1e-6)
+    alone = 1 / (1 + math.exp(-2.0))
+    assert_close(ablations.top_1(*asked), torch.tensor([[alone, 0.0, 0.0]]), 1e-6)
     share = 1 / (1 + math.exp(-1.0))
     assert_close(ablations.no_sigmoid(*asked), torch.tensor([[share, 1 - share, 0.0]]), 1e-5)
     share = 1 / (1 + math.exp(-0.4 * 10))  # the new router's temperature

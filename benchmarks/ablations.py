@@ -1,10 +1,11 @@
-"""Take parts of the method away from a trained editor, and ask the main job's stream again.
+"""Take parts of the method away from a trained editor, and ask one stream again and again.
 
     python run.py                         first: the editor in output/
     python benchmarks/ablations.py        a minute for 100 edits on 2 CPU cores
     python benchmarks/ablations.py --table FILE
 
-Nothing is trained anew: what each part does for the trained editor. Writes ablations.json.
+The editor is not trained anew (see variants.py): what does each part do for the one there is? In
+the last rows experts are not generated but optimised, edit by edit. Writes ablations.json.
 """
 
 import argparse
@@ -16,17 +17,24 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.common import (
+    COLUMNS,
+    ask_before,
+    edit_and_judge,
+    open_results,
+    table,
+    trained_editor,
+)
 from benchmarks.updates import evaluate_updates
 from data import drawn_stream, drawn_training
 from generator import ExpertGenerator, apply_experts, standardise
 from liveedit import LiveEdit, States
 from router import Features, Router, Routing, text_similarity
-from run import answer, ask_all, judge, load_model, longest_answer, question, report_row
+from run import answer, load_model, question, report_row
 
 # Gives other weights (B, n) from the router, its decision, the text scores and which are used.
 Weigh = Callable[[Router, Routing, Tensor, Tensor], Tensor]
@@ -38,9 +46,12 @@ def mean(router: Router, routing: Routing, scores: Tensor, used: Tensor) -> Tens
 
 
 def top_1(router: Router, routing: Routing, scores: Tensor, used: Tensor) -> Tensor:
-    """Use the heaviest expert alone, with its weight."""
-    most = routing.weights.amax(1, keepdim=True) if used.shape[1] else routing.weights
-    return torch.where(used & (routing.weights == most), routing.weights, 0.0)
+    """Use the expert alone that the text finds most relevant, by its sigmoid."""
+    if not used.shape[1]:
+        return routing.weights
+    relevant = scores.masked_fill(~used, -torch.inf)
+    best = relevant == relevant.amax(1, keepdim=True)
+    return torch.where(used & best, scores.sigmoid(), 0.0)
 
 
 def by_picture(router: Router, routing: Routing, scores: Tensor, used: Tensor) -> Tensor:
@@ -78,8 +89,7 @@ def untrained_generator(editor: LiveEdit) -> None:
 
 
 def optimised_experts(editor: LiveEdit, steps: int) -> None:
-    """Train each edit's own U and V on its target, from those of an untrained generator."""
-    untrained_generator(editor)
+    """Train each edit's own U and V on its target, from those that the generator makes."""
     generate = editor._make_experts
 
     def make_experts(states: States) -> dict[str, Tensor]:
@@ -95,7 +105,7 @@ def optimised_experts(editor: LiveEdit, steps: int) -> None:
             optimizer.step()
         return experts | {"U": U.detach(), "V": V.detach()}
 
-    # Training needs what the layers above are called with.
+    # Optimising needs what the layers above are called with.
     editor.capture = partial(captured_whole, editor)
     editor._make_experts = make_experts
 
@@ -105,51 +115,51 @@ def captured_whole(editor: LiveEdit, questions: list, above: bool) -> States:
     return LiveEdit.capture(editor, questions)
 
 
+def optimised_from_untrained(editor: LiveEdit, steps: int) -> None:
+    """Train each edit's own U and V without any generator that has been trained."""
+    untrained_generator(editor)
+    optimised_experts(editor, steps)
+
+
 # What is taken away: (changes of the config, a change of the editor). The margin of "newest wins"
-# is measured from the threshold: where that is another, newest does not win.
+# is measured from the threshold and uses the text: where these are changed, newest does not win.
 BLEND = {"newest_wins": False}
+NO_FILTER = BLEND | {"threshold": -1.0}
 ABLATIONS = {
     "LiveEdit": ({}, None),
     "newest does not win (the paper)": (BLEND, None),
-    "... and no visual filter": (BLEND | {"threshold": -1.0}, None),
-    "... and a fixed threshold, 0.5": (BLEND | {"threshold": 0.5}, None),
-    "... and a fixed threshold, 0.7": (BLEND | {"threshold": 0.7}, None),
-    "... and a fixed threshold, 0.9": (BLEND | {"threshold": 0.9}, None),
-    "top-1 expert": ({}, partial(weighing, top_1)),
-    "mean of the kept, no sigmoid": ({}, partial(weighing, mean)),
-    "softmax without sigmoid": ({}, partial(weighing, no_sigmoid)),
-    "weights by picture, no sigmoid": ({}, partial(weighing, by_picture)),
+    "fixed threshold 0.3": (BLEND | {"threshold": 0.3}, None),
+    "fixed threshold 0.4": (BLEND | {"threshold": 0.4}, None),
+    "fixed threshold 0.5": (BLEND | {"threshold": 0.5}, None),
+    "fixed threshold 0.6": (BLEND | {"threshold": 0.6}, None),
+    "fixed threshold 0.7": (BLEND | {"threshold": 0.7}, None),
+    "filter, then top-1": (BLEND, partial(weighing, top_1)),
+    "filter, then the mean": (BLEND, partial(weighing, mean)),
+    "filter, then softmax alone": (BLEND, partial(weighing, no_sigmoid)),
+    "filter, then weights by picture": (BLEND, partial(weighing, by_picture)),
+    "text alone, no filter": (NO_FILTER, None),
+    "text alone, top-1": (NO_FILTER, partial(weighing, top_1)),
+    "picture alone, no filter": (NO_FILTER, partial(weighing, by_picture)),
     "untrained generator": ({}, untrained_generator),
-    "experts optimised, 20 steps": ({}, partial(optimised_experts, steps=20)),
-    "experts optimised, 100 steps": ({}, partial(optimised_experts, steps=100)),
+    "optimised from generated, 20 steps": ({}, partial(optimised_experts, steps=20)),
+    "optimised from untrained, 20 steps": ({}, partial(optimised_from_untrained, steps=20)),
+    "optimised from untrained, 100 steps": ({}, partial(optimised_from_untrained, steps=100)),
 }
-COLUMNS = {
-    "reliability": "Rel", "text_generality": "T-Gen", "modal_generality": "M-Gen",
-    "modal_locality": "M-Loc", "same_image": "Same img", "similar_image": "Similar",
-}  # fmt: skip
 
 
 def measure(editor: LiveEdit, stream: list, options: argparse.Namespace, before: dict) -> dict:
     """Edit the whole stream and ask all its queries; then the stream of updates."""
-    longest, batch_size = longest_answer(editor, stream), options.eval_batch_size
-    edits = editor.edit_many([question(sample.edit) for sample in stream], batch_size)
-    after = ask_all(editor, stream, longest, batch_size)
-    results = []
-    for sample, edit in zip(stream, edits, strict=True):
-        results += judge(sample, edit.id, len(stream), before, after)
-    row = report_row(len(stream), results)
+    judged = edit_and_judge(editor, stream, before, options.eval_batch_size)
+    row = report_row(len(stream), sum(judged, []))
     return row | {"updates": evaluate_updates(editor, stream, options, answer)}
 
 
 def markdown(results: dict) -> str:
     """Print free-running figures, one row for each ablation."""
-    lines = ["| free-running | " + " | ".join(COLUMNS.values()) + " | newest, % | old, % |"]
-    lines.append("|---" * (len(COLUMNS) + 3) + "|")
-    for name, row in results["ablations"].items():
-        cells = [row["free_running"][column] for column in COLUMNS]
-        cells += [row["updates"]["newest"], row["updates"]["old"]]
-        lines.append(f"| {name} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
-    return "\n".join(lines)
+    rows = {
+        name: row["free_running"] | row["updates"] for name, row in results["ablations"].items()
+    }
+    return table("free-running", COLUMNS | {"newest": "newest, %", "old": "old, %"}, rows)
 
 
 def main() -> None:
@@ -169,19 +179,14 @@ def main() -> None:
         return
     model, processor = load_model(given.model, "cpu", "auto")
     stream = drawn_stream(given.edits, given.seed)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    results = {"model": given.model, "edits": given.edits, "seed": given.seed}
-    results |= {"versions": versions, "ablations": {}}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(given, name) for name in ("model", "edits", "seed")}
+    results = {"ablations": {}} | open_results(given.out, settings)
     before = {}
     for name, (changes, change) in ABLATIONS.items():
-        try:
-            editor = LiveEdit.from_pretrained(model, processor, given.editor, **changes)
-        except (OSError, ValueError) as error:
-            sys.exit(f"ablations.py: {error}")
-        editor.reset()
-        longest = longest_answer(editor, stream)
-        before = before or ask_all(editor, stream, longest, given.eval_batch_size)
+        if name in results["ablations"]:
+            continue
+        editor = trained_editor(model, processor, given.editor, **changes)
+        before = before or ask_before(editor, stream, given.eval_batch_size)
         if change is not None:
             change(editor)
         results["ablations"][name] = measure(editor, stream, given, before)

@@ -1,10 +1,10 @@
-"""Run all benchmarks on the tiny LLaVA, one after the other: `python benchmarks/everything.py`.
+"""Compare LiveEdit on the tiny LLaVA in every way there is: `python benchmarks/everything.py`.
 
-    python benchmarks/everything.py --small     minutes: do they all run? The figures mean nothing
+    python benchmarks/everything.py --small     minutes: do they run? The figures mean nothing
     python benchmarks/everything.py             hours on 2 CPU cores
 
-Results go to output/benchmarks/; `pip install --no-deps -r benchmarks/requirements.txt` first for
-LoRA. Ends at the first that fails.
+Results go to output/benchmarks/; most scripts go on from those that are there. At full size LoRA
+needs `pip install --no-deps -r benchmarks/requirements.txt`. Ends at the first script that fails.
 """
 
 import argparse
@@ -18,17 +18,25 @@ EDITOR = ["--editor", "tiny-llava/editor"]
 # Arguments at full size, and at a small one.
 BENCHMARKS = {
     "peers": (
-        [*EDITOR, "--tuning-edits", "50"],
-        [*EDITOR, "--tuning-edits", "2", "--edits", "4", "--seeds", "0"]
-        + ["--methods", "none", "LiveEdit", "lookup", "in context (RAG)", "FT-BF"],
+        [*EDITOR, "--tuning-edits", "100"],
+        [*EDITOR, "--tuning-edits", "0", "--edits", "4", "--seeds", "0", "--methods"]
+        + [
+            "none",
+            "LiveEdit",
+            "lookup",
+            "in context (RAG)",
+            "FT-L",
+            "FT-BF",
+            "GRACE, fixed radius",
+        ],
     ),
     "ablations": ([*EDITOR, "--edits", "250"], [*EDITOR, "--edits", "5"]),
     "robustness": ([*EDITOR, "--edits", "250"], [*EDITOR, "--edits", "5"]),
     "scale": (EDITOR, [*EDITOR, "--edits", "6", "12", "--asked", "4"]),
     "variants": (
-        ["--parts", "--transfer", "--ranks", "1", "2", "4", "8", "--layers", "0", "1", "3", "4"]
-        + ["--", "--train-steps", "300", "--train-samples", "4800", "--edits", "250"],
-        ["--ranks", "1", "--", "--train-steps", "2", "--train-samples", "40", "--edits", "4"],
+        ["--parts", "--transfer", "--ranks", "1", "4", "--layers", "0", "1", "3", "4", "5"]
+        + ["--", "--train-steps", "300", "--train-samples", "9600", "--edits", "250"],
+        ["--ranks", "1", "--", "--train-steps", "2", "--train-samples", "80", "--edits", "4"],
     ),
     "speed": (EDITOR, [*EDITOR, "--edits", "0", "10"]),
 }

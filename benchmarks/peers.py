@@ -5,10 +5,10 @@
     python benchmarks/peers.py                             three streams on tiny-llava
     python benchmarks/peers.py --table FILE                the table of earlier results
 
-A method is a class with `edit`, `answer` and `reset` as `Unedited` has them; add yours to METHODS.
-Settings are chosen from its `grid` on --tuning-edits edits of training scenes (another number of
-edits may favor others), and are kept in the results with all that were tried. LiveEdit is one
-trained editor; the others need no training.
+A method is a subclass of `Unedited` with its own `name`, `needs` and `grid`; add yours to METHODS.
+Settings are chosen from its `grid` on --tuning-edits edits of training scenes, as crowded as the
+stream itself, and are kept in the results with all that were tried (another number of edits may
+favor others; 0 takes the first of the grid). LiveEdit is one editor that was trained before.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import Query, drawn_samples, drawn_stream, split_scenes
-from liveedit import LiveEdit, find_decoder_layers, hidden_of, with_hidden
+from benchmarks.common import open_results, table, trained_editor
+from data import COLORS, SHAPES, Query, drawn_samples, drawn_stream, split_scenes
+from liveedit import LiveEdit, LiveEditConfig, find_decoder_layers, hidden_of, with_hidden
 from router import IGNORE
 from run import (
     Answer,
@@ -97,7 +97,7 @@ class OurEdits(Unedited):
 NEARNESS = [
     {"threshold": threshold, "by": by}
     for by in ("pooled", "last")
-    for threshold in (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+    for threshold in (0.6, 0.7, 0.8, 0.82, 0.84, 0.86, 0.88, 0.9, 0.95)
 ]
 
 
@@ -141,9 +141,10 @@ class Lookup(Unedited):
             asked = F.normalize(self.features([queries[i] for i in pictured]), dim=-1)
             # The mean of two cosines: of the pictures, and of the questions.
             cosines = asked.flatten(1) @ self.keys.flatten(1).T / 2
-            for i, (cosine, k) in zip(pictured, zip(*cosines.max(1), strict=True), strict=True):
-                if cosine > self.threshold:
-                    found[i] = self.edits[k]
+            best, nearest = cosines.max(1)
+            for row, i in enumerate(pictured):
+                if best[row] > self.threshold:
+                    found[i] = self.edits[nearest[row]]
         return found
 
     def edit(self, edits):
@@ -191,17 +192,19 @@ class InContext(Lookup):
 
 
 class FineTuned(Unedited):
-    """FT-L: Adam on one down-projection, edit after edit, some steps each."""
+    """FT-L: Adam on one layer's down-projection, edit after edit, some steps each."""
 
     name, needs = "FT-L", "rate, steps"
     grid = [
-        {"rate": rate, "steps": steps} for rate in (1e-4, 3e-4, 1e-3, 3e-3) for steps in (5, 20)
+        {"rate": rate, "steps": steps, "layer": layer}
+        for layer in (2, 4)
+        for rate, steps in ((3e-4, 5), (3e-4, 20), (1e-3, 5), (1e-3, 20))
     ]
 
-    def __init__(self, editor, rate: float, steps: int):
+    def __init__(self, editor, rate: float, steps: int, layer: int):
         super().__init__(editor)
-        layer = find_decoder_layers(editor.model)[0][editor.config.layer]
-        self.weights, self.rate, self.steps = [layer.mlp.down_proj.weight], rate, steps
+        edited = find_decoder_layers(editor.model)[0][layer]
+        self.weights, self.rate, self.steps = [edited.mlp.down_proj.weight], rate, steps
         self.original = [weight.detach().clone() for weight in self.weights]
 
     def encoded(self, batch: list[Query]) -> dict:
@@ -245,15 +248,17 @@ class FineTuned(Unedited):
 
 
 class FineTunedOnAll(FineTuned):
-    """FT-BF: the same weights, epochs of mini-batches over all edits so far."""
+    """FT-BF: the same weights, epochs (`steps`) of mini-batches over all edits so far."""
 
     name = "FT-BF"
     grid = [
-        {"rate": rate, "steps": steps} for rate in (3e-4, 1e-3, 3e-3, 1e-2) for steps in (10, 40)
+        {"rate": rate, "steps": steps, "layer": layer}
+        for layer in (2, 4)
+        for rate, steps in ((1e-3, 10), (1e-3, 40), (3e-3, 10), (3e-3, 40))
     ]
 
-    def __init__(self, editor, rate: float, steps: int):
-        super().__init__(editor, rate, steps)
+    def __init__(self, editor, rate: float, steps: int, layer: int = 0):
+        super().__init__(editor, rate, steps, layer)
         self.edits: list[Query] = []
 
     def edit(self, edits):
@@ -270,9 +275,12 @@ class FineTunedOnAll(FineTuned):
 
 
 class Adapter(FineTunedOnAll):
-    """LoRA-FT: a low-rank adapter on all attention and MLP matrices, of an expert's rank."""
+    """LoRA-FT: one adapter on all attention and MLP matrices, of an expert's rank."""
 
     name = "LoRA-FT"
+    grid = [
+        {"rate": rate, "steps": steps} for rate in (3e-4, 1e-3, 3e-3, 1e-2) for steps in (10, 40)
+    ]
 
     def __init__(self, editor, rate: float, steps: int):
         from peft import LoraConfig, get_peft_model
@@ -293,25 +301,27 @@ class Adapter(FineTunedOnAll):
 
 
 class Codebook(Unedited):
-    """GRACE: where the last state of the prompt is near a key, a learned value replaces it.
+    """GRACE, simplified: where the prompt's last state is near a key, a learned value replaces it.
 
-    The radius is a share of the key's length, and fixed; an edit of the same key replaces it.
+    The radius is a share of the key's length, and fixed: the original grows and splits it as edits
+    meet. An edit of the same key replaces the older one.
     """
 
-    name, needs = "GRACE", "a radius, steps"
+    name, needs = "GRACE, fixed radius", "a radius, steps, a layer"
     grid = [
-        {"radius": radius, "steps": steps}
-        for radius in (0.01, 0.03, 0.05, 0.1, 0.15, 0.22)
-        for steps in (50, 200)
+        {"radius": radius, "steps": 100, "layer": layer}
+        for layer in (2, 4)
+        for radius in (0.03, 0.06, 0.12, 0.2, 0.3)
     ]
 
-    def __init__(self, editor, radius: float, steps: int):
+    def __init__(self, editor, radius: float, steps: int, layer: int):
         super().__init__(editor)
         self.radius, self.steps, self.keys, self.values = radius, steps, None, None
-        layer = find_decoder_layers(editor.model)[0][editor.config.layer]
+        editor.detach()  # one at a time: this one gives the states of its layer
+        self.own = LiveEdit(editor.model, editor.processor, LiveEditConfig(layer=layer))
         self.hooks = [
             editor.model.register_forward_pre_hook(self.note, with_kwargs=True),
-            layer.register_forward_hook(self.replace),
+            self.own.frozen.edit_layer.register_forward_hook(self.replace),
         ]
         self.place = None  # of the prompt's last row in the call of the model
 
@@ -342,7 +352,7 @@ class Codebook(Unedited):
 
     def learned(self, edits: list[Query]) -> tuple[Tensor, Tensor]:
         """Give keys and values (n, D): the prompts' last states, and what says the targets."""
-        states = self.editor.capture([question(query) for query in edits], BATCH)
+        states = self.own.capture([question(query) for query in edits], BATCH)
         last = states.masks.answer.int().argmax(1) - 1
         keys = states.hidden[torch.arange(len(edits)), last].clone()
         values = keys.clone().requires_grad_(True)
@@ -351,7 +361,7 @@ class Codebook(Unedited):
         place = F.one_hot(last, states.hidden.shape[1])[..., None]
         for _ in range(self.steps):
             hidden = states.hidden * (1 - place) + values[:, None] * place
-            logits = self.editor.frozen.upper(hidden, states)
+            logits = self.own.frozen.upper(hidden, states)
             loss = F.cross_entropy(logits, targets, reduction="sum")
             optimizer.zero_grad()
             loss.backward()
@@ -373,6 +383,8 @@ class Codebook(Unedited):
     def close(self):
         for hook in self.hooks:
             hook.remove()
+        self.own.detach()
+        self.editor.attach()
 
     def bytes(self):
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
@@ -392,7 +404,8 @@ METHODS = [Unedited, OurEdits, Lookup, InContext, FineTuned, FineTunedOnAll, Ada
 def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]:
     """Run the main job's protocol: after 1, 10, ... edits all of them are asked about.
 
-    Seconds are of the processor: those of all threads together.
+    Seconds are of the processor: those of all threads together. A question is drawn, and answered
+    teacher-forced and freely; LiveEdit tells its edits too (`explain`), which needs a third pass.
     """
     queries = [query for sample in stream for query in sample.queries.values()]
     longest = longest_answer(method.editor, stream)
@@ -401,7 +414,7 @@ def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]
     rows = []
     for count in counts:
         tested = stream[: max(count, min(100, len(stream) // count * count))]
-        results, editing, asking, number = [], 0.0, 0.0, 0
+        results, editing, answering, number = [], 0.0, 0.0, 0
         for start in tqdm(range(0, len(tested), count), desc=f"{method.name}, {count} edits"):
             part = tested[start : start + count]
             method.reset()
@@ -410,13 +423,14 @@ def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]
             edited = time.process_time()
             asked = [query for sample in part for query in sample.queries.values()]
             after = told(method, asked, longest)
-            editing, asking = editing + edited - began, asking + time.process_time() - edited
+            editing += edited - began
+            answering += time.process_time() - edited
             number += len(asked)
             for sample in part:
                 results += judge(sample, None, count, before, after)
         row = report_row(count, results) | {"seconds_per_edit": editing / len(tested)}
         del row["router"]
-        row["seconds_per_question"] = asking / number
+        row["seconds_per_question"] = answering / number
         rows.append(row | {"bytes_per_edit": method.bytes() / count})
     method.reset()
     return rows
@@ -434,16 +448,31 @@ def quality(row: dict) -> float:
     The harmonic mean of the two averages: their sum would be best where nothing is edited.
     """
     found = row["teacher_forced"]
-    return statistics.harmonic_mean(
-        [statistics.mean(found[name] for name in names) for names in (EDITED, UNTOUCHED)]
-    )
+    return statistics.harmonic_mean([mean_of(found, EDITED), mean_of(found, UNTOUCHED)])
+
+
+def mean_of(found: dict, names: tuple[str, ...]) -> float:
+    """Average some figures."""
+    return statistics.mean(found[name] for name in names)
+
+
+def crowded_scenes(edits: int) -> list:
+    """Take so many training scenes, of few shapes and colors, that edits are as dense as in 500."""
+    scenes, held_out = split_scenes()
+    wanted = edits * len(held_out) / 500
+    for kinds in range(3, len(SHAPES) + 1):
+        shapes, colors = list(SHAPES)[:kinds], list(COLORS)[:kinds]
+        some = [s for s in scenes if s.shape in shapes and {s.color, s.background} <= {*colors}]
+        if len(some) >= wanted:
+            break
+    return some
 
 
 def tuned(kind, editor: LiveEdit, edits: int) -> tuple[dict, list]:
     """Choose a method's settings on edits of training scenes; give all that were tried too."""
-    if len(kind.grid) == 1:
+    if len(kind.grid) == 1 or not edits:
         return kind.grid[0], []
-    samples, tried = drawn_samples(edits, split_scenes()[0], "tuning", held_out=False), []
+    samples, tried = drawn_samples(edits, crowded_scenes(edits), "tuning", held_out=False), []
     for settings in kind.grid:
         torch.manual_seed(0)
         method = kind(editor, **settings)
@@ -461,6 +490,14 @@ COLUMNS = {
     "text_locality": "T-Loc", "modal_locality": "M-Loc", "same_image": "Same img",
     "similar_image": "Similar", "average": "Average",
 }  # fmt: skip
+KINDS = {
+    "corrections": "corrections", "captions": "captions", "novel_names": "made-up names",
+    "open": "open",
+}  # fmt: skip
+COSTS = {
+    "seconds_per_edit": "an edit, ms", "bytes_per_edit": "an edit, KiB",
+    "seconds_per_question": "a question, ms",
+}  # fmt: skip
 
 
 def spread(values: list[float]) -> str:
@@ -471,35 +508,46 @@ def spread(values: list[float]) -> str:
 
 def markdown(results: dict, way: str) -> str:
     """Print all methods at the longest stream, one row each."""
-    lines = ["| " + way.replace("_", "-") + " | " + " | ".join(COLUMNS.values()) + " |"]
-    lines.append("|---" * (len(COLUMNS) + 1) + "|")
+    rows = {}
     for name, method in results["methods"].items():
         last = [rows[-1][way] for rows in method["seeds"].values()]
-        cells = [spread([row[column] for row in last]) for column in COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows[name] = {column: spread([row[column] for row in last]) for column in COLUMNS}
+    return table(way.replace("_", "-"), COLUMNS, rows)
+
+
+def kinds(results: dict) -> str:
+    """Print the mean of Rel, T-Gen and M-Gen, free-running, for each kind of target."""
+    rows = {}
+    for name, method in results["methods"].items():
+        last = [rows[-1]["by_kind"] for rows in method["seeds"].values()]
+        rows[name] = {}
+        for kind in KINDS:  # a short stream may lack one
+            ways = [found[kind]["free_running"] for found in last if kind in found]
+            rows[name][kind] = spread([mean_of(way, EDITED) for way in ways]) if ways else "-"
+    return table("edited answers, free-running", KINDS, rows)
 
 
 def costs(results: dict) -> str:
-    """Print what edits and questions cost at the longest stream."""
-    lines = ["| cost | an edit, ms | an edit, KiB | a question, ms | to be chosen or trained |"]
-    lines.append("|---|---|---|---|---|")
-    needs = {kind.name: kind.needs for kind in METHODS}
+    """Print what edits and questions cost at the longest stream, and the settings."""
+    rows, needs = {}, {kind.name: kind.needs for kind in METHODS}
     for name, method in results["methods"].items():
         last = [rows[-1] for rows in method["seeds"].values()]
-        cells = []
-        for key, unit in (
-            ("seconds_per_edit", 1e-3), ("bytes_per_edit", 1024), ("seconds_per_question", 1e-3),
-        ):  # fmt: skip
-            cells.append(f"{statistics.mean(row[key] for row in last) / unit:.1f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {needs[name]} |")
-    return "\n".join(lines)
+        found = {key: statistics.mean(row[key] for row in last) for key in COSTS}
+        settings = ", ".join(f"{key} {value}" for key, value in method["settings"].items())
+        rows[name] = {
+            "seconds_per_edit": 1000 * found["seconds_per_edit"],
+            "bytes_per_edit": found["bytes_per_edit"] / 1024,
+            "seconds_per_question": 1000 * found["seconds_per_question"],
+            "needs": needs[name],
+            "settings": settings or "-",
+        }
+    return table("cost", COSTS | {"needs": "to be chosen or trained", "settings": "chosen"}, rows)
 
 
 def report(results: dict) -> str:
     """Print all tables."""
     ways = [markdown(results, way) for way in ("teacher_forced", "free_running")]
-    return "\n\n".join([*ways, costs(results)])
+    return "\n\n".join([*ways, kinds(results), costs(results)])
 
 
 def main() -> None:
@@ -522,22 +570,16 @@ def main() -> None:
     keep_freed_memory()
     # In single precision: with less, small steps of the fine-tuned weights are lost.
     model, processor = load_model(given.model, "cpu", "float32")
-    try:
-        editor = LiveEdit.from_pretrained(model, processor, given.editor)
-    except (OSError, ValueError) as error:
-        sys.exit(f"peers.py: {error}")
-    editor.reset()
+    editor = trained_editor(model, processor, given.editor)
     counts = [n for n in (1, 10, 100) if n < given.edits] + [given.edits]
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    results = {"model": given.model, "edits": given.edits, "versions": versions, "methods": {}}
-    if given.out.exists():  # of other methods
-        results["methods"] = json.loads(given.out.read_text())["methods"]
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    names = ("model", "edits", "tuning_edits", "seeds")
+    settings = {name: getattr(given, name) for name in names}
+    results = {"methods": {}} | open_results(given.out, settings)
     for kind in chosen:
         began = time.time()
         settings, tried = tuned(kind, editor, given.tuning_edits)
         found = {"settings": settings, "seconds_of_tuning": time.time() - began, "tried": tried}
-        found |= {"tuning_edits": given.tuning_edits, "seeds": {}}
+        found["seeds"] = {}
         for seed in given.seeds:
             torch.manual_seed(seed)
             method = kind(editor, **settings)

@@ -4,8 +4,9 @@
     python benchmarks/robustness.py       a minute for 250 edits on 2 CPU cores
     python benchmarks/robustness.py --table FILE
 
-The edits are made with the pictures as they are. Beside the edited answers stands how often the
-unedited model still answers as it does of the picture as it is. Then three of the four questions
+The edits are made with the pictures as they are. Beside the edited answers, and those to another
+question about the same picture, stands how often the unedited model answers as it does of the
+picture as it is. Then three of the four questions
 about each picture are edited, in two orders; the fourth must stay. Writes robustness.json.
 """
 
@@ -20,12 +21,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy
-import torch
-import transformers
 from PIL import Image, ImageFilter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.common import open_results, table, trained_editor
 from data import (
     FAMILIES,
     HELD_OUT,
@@ -85,10 +85,16 @@ SPOILED: dict[str, Callable[[Image.Image], Image.Image]] = {
     "middle 90 %": partial(crop, share=0.9),
     "turned by 15 degrees": partial(turn, degrees=15),
     "turned by 90 degrees": partial(turn, degrees=90),
-    "half the size": partial(scale, factor=0.5),
+    "a quarter of the size": partial(scale, factor=0.25),
     "three times the size": partial(scale, factor=3),
     "JPEG of quality 20": partial(jpeg, quality=20),
 }
+
+
+SPOILED_COLUMNS = {
+    "edited": "edited answer", "other": "other question as before",
+    "edited_unedited": "unedited: edited question", "other_unedited": "unedited: other question",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -173,28 +179,22 @@ def main() -> None:
     if given.table:
         print(markdown(json.loads(given.table.read_text())))
         return
-    model, processor = load_model(given.model, "cpu", "auto")
-    try:
-        editor = LiveEdit.from_pretrained(model, processor, given.editor)
-    except (OSError, ValueError) as error:
-        sys.exit(f"robustness.py: {error}")
-    editor.reset()
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    editor = trained_editor(*load_model(given.model, "cpu", "auto"), given.editor)
+    settings = {name: getattr(given, name) for name in ("model", "edits", "seed")}
+    results = open_results(given.out, settings) | {"rows": {}}
     stream = drawn_stream(given.edits, given.seed)
     edits = [sample.edit for sample in stream]
     others = [sample.queries["same_image"] for sample in stream]
     targets = [edit.target for edit in edits]
     before, before_other = said(editor, edits), said(editor, others)
     editor.edit_many([question(edit) for edit in edits], 128)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    results = {"model": given.model, "edits": given.edits, "seed": given.seed}
-    results |= {"versions": versions, "rows": {}}
     for how in SPOILED:
         asked, asked_other = ([spoiled(q, how) for q in group] for group in (edits, others))
+        row = {"edited": share_same(said(editor, asked), targets)}
+        row["other"] = share_same(said(editor, asked_other), before_other)
         with editor.disabled():
-            seen = share_same(said(editor, asked), before)
-        row = {"edited": share_same(said(editor, asked), targets), "model_as_before": seen}
-        row["same_image_as_before"] = share_same(said(editor, asked_other), before_other)
+            row["edited_unedited"] = share_same(said(editor, asked), before)
+            row["other_unedited"] = share_same(said(editor, asked_other), before_other)
         results["rows"][how] = row
         given.out.write_text(json.dumps(results, indent=1))
         print(how, row, flush=True)
@@ -205,18 +205,10 @@ def main() -> None:
 
 def markdown(results: dict) -> str:
     """Print free-running figures, one row for each way to spoil a picture."""
-    lines = ["| picture | edited answer | other question as before | unedited model as before |"]
-    lines.append("|---|---|---|---|")
-    for how, row in results["rows"].items():
-        cells = (row["edited"], row["same_image_as_before"], row["model_as_before"])
-        lines.append(f"| {how} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
-    columns = next(iter(results["three_of_each"].values()))
-    lines += ["", "| three edits of each picture | " + " | ".join(columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    for order, row in results["three_of_each"].items():
-        cells = " | ".join(f"{row[column]:.1f}" for column in columns)
-        lines.append(f"| {order} | {cells} |")
-    return "\n".join(lines)
+    three = results["three_of_each"]
+    columns = {name: name for name in next(iter(three.values()))}
+    tables = table("picture", SPOILED_COLUMNS, results["rows"])
+    return tables + "\n\n" + table("three edits of each picture", columns, three)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.common import trained_editor
 from data import Query, drawn_stream
 from liveedit import LiveEdit
 from run import load_model, question
@@ -51,12 +52,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "routing.png")
     given = parser.parse_args()
-    model, processor = load_model(given.model, "cpu", "auto")
-    try:
-        editor = LiveEdit.from_pretrained(model, processor, given.editor)
-    except (OSError, ValueError) as error:
-        sys.exit(f"routing.py: {error}")
-    editor.reset()
+    editor = trained_editor(*load_model(given.model, "cpu", "auto"), given.editor)
     stream = drawn_stream(given.edits, given.seed)
     editor.edit_many([question(sample.edit) for sample in stream])
     figure, panels = plt.subplots(1, len(PANELS), figsize=(15, 3.6), layout="constrained")

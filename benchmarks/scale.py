@@ -3,8 +3,9 @@
     python benchmarks/scale.py --editor tiny-llava/editor    five minutes on 2 CPU cores
     python benchmarks/scale.py --table FILE
 
-The held-out scenes have room for about 1,250 edits, so the world is drawn in twice as many colors:
-model and editor have never seen the new ones. Writes scale.json.
+The held-out scenes have room for about 1,250 edits, so the world is drawn in twice as many colors,
+of which model and editor have never seen half. A bigger world is a thinner one, too: "crowded" is
+the share of Similar queries whose scene is itself edited. Writes scale.json.
 """
 
 import argparse
@@ -13,15 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import transformers
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
-from data import Scene, drawn_samples, split_scenes
-from liveedit import LiveEdit
-from run import ask_all, judge, load_model, longest_answer, question, report_row
+from benchmarks.common import COLUMNS, ask_before, open_results, table, trained_editor
+from data import EditSample, Scene, drawn_samples, split_scenes
+from run import ask_all, judge, load_model, longest_answer, percent, question, report_row
 
 # fmt: off
 NEW_COLORS = {
@@ -30,15 +28,10 @@ NEW_COLORS = {
     "mint": (150, 230, 185), "teal": (10, 120, 120), "navy": (15, 20, 95),
     "lavender": (190, 170, 240), "magenta": (220, 40, 170), "silver": (190, 195, 200),
 }
-COLUMNS = {
-    "reliability": "Rel", "text_generality": "T-Gen", "modal_generality": "M-Gen",
-    "modal_locality": "M-Loc", "average": "Average", "same_image": "Same img",
-    "similar_image": "Similar",
-}
 # fmt: on
 
 
-def wide_stream(edits: int, seed: int) -> list[data.EditSample]:
+def wide_stream(edits: int, seed: int) -> list[EditSample]:
     """Edits of scenes that no training of the editor has seen, in old and new colors."""
     trained = set(split_scenes()[0])
     data.COLORS.update(NEW_COLORS)  # pictures are drawn by it
@@ -53,11 +46,17 @@ def wide_stream(edits: int, seed: int) -> list[data.EditSample]:
     return drawn_samples(edits, scenes, f"scale {seed}", held_out=True)
 
 
+def crowded(asked: list[EditSample], edited: list[EditSample]) -> float:
+    """Tell how many of the Similar queries are about a scene that is edited too, in per cent."""
+    scenes = {sample.edit.image.scene for sample in edited}
+    return percent(sample.queries["similar_image"].image.scene in scenes for sample in asked)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-llava")
     parser.add_argument("--editor", type=Path, default=ROOT / "output" / "editor")
-    parser.add_argument("--edits", type=int, nargs="+", default=[200, 500, 1000, 5000])
+    parser.add_argument("--edits", type=int, nargs="+", default=[200, 1000, 2500, 5000])
     parser.add_argument("--asked", type=int, default=200, help="edits that are asked about")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "scale.json")
@@ -68,44 +67,34 @@ def main() -> None:
         return
     if given.asked > min(given.edits):
         sys.exit(f"scale.py: --asked {given.asked} is more than the first of --edits has")
-    model, processor = load_model(given.model, "cpu", "auto")
-    try:
-        editor = LiveEdit.from_pretrained(model, processor, given.editor)
-    except (OSError, ValueError) as error:
-        sys.exit(f"scale.py: {error}")
-    editor.reset()
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    editor = trained_editor(*load_model(given.model, "cpu", "auto"), given.editor)
+    settings = {name: getattr(given, name) for name in ("model", "asked", "seed")}
+    results = open_results(given.out, settings) | {"rows": []}
     stream = wide_stream(max(given.edits), given.seed)
     asked, batch_size = stream[: given.asked], max(4, 2**14 // editor.norm.weight.numel())
-    longest = longest_answer(editor, asked)
-    before = ask_all(editor, asked, longest, batch_size)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    results = {"model": given.model, "seed": given.seed, "versions": versions, "rows": []}
+    before = ask_before(editor, asked, batch_size)
     for count in sorted(given.edits):
         began, fresh = time.time(), stream[len(editor.experts) : count]
         editor.edit_many([question(sample.edit) for sample in fresh], batch_size)
         editing, began = time.time() - began, time.time()
-        after, judged = ask_all(editor, asked, longest, batch_size), []
+        after, judged = ask_all(editor, asked, longest_answer(editor, asked), batch_size), []
         for sample, edit in zip(asked, editor.edits()[: given.asked], strict=True):
             judged += judge(sample, edit.id, count, before, after)
         row = report_row(count, judged) | {"seconds_per_edit": editing / len(fresh)}
-        results["rows"].append(row | {"seconds_of_asking": time.time() - began})
+        row |= {"seconds_of_asking": time.time() - began, "crowded": crowded(asked, stream[:count])}
+        results["rows"].append(row)
         given.out.write_text(json.dumps(results, indent=1))
-        print(count, {name: round(row["free_running"][name], 1) for name in COLUMNS}, flush=True)
+        print(f"{count} edits: {row['seconds_of_asking']:.0f} s of asking", flush=True)
     print(markdown(results))
 
 
 def markdown(results: dict) -> str:
     """Print teacher-forced and free-running figures, one row for each number of edits."""
-    lines = []
+    tables = []
     for way in ("teacher_forced", "free_running"):
-        lines.append(f"| {way.replace('_', '-')} | " + " | ".join(COLUMNS.values()) + " |")
-        lines.append("|---" * (len(COLUMNS) + 1) + "|")
-        for row in results["rows"]:
-            cells = " | ".join(f"{row[way][name]:.1f}" for name in COLUMNS)
-            lines.append(f"| {row['edits']} edits | {cells} |")
-        lines.append("")
-    return "\n".join(lines[:-1])
+        rows = {f"{row['edits']} edits": row[way] | row for row in results["rows"]}
+        tables.append(table(way.replace("_", "-"), COLUMNS | {"crowded": "crowded"}, rows))
+    return "\n\n".join(tables)
 
 
 if __name__ == "__main__":

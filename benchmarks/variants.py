@@ -1,13 +1,14 @@
 """Train editors of other ranks and layers, without a part of the method or of the world.
 
-    python benchmarks/variants.py --parts --ranks 1 4 -- --train-steps 300 --train-samples 3000
-    python benchmarks/variants.py --transfer -- --train-steps 300 --train-samples 3000
+    python benchmarks/variants.py --parts --ranks 1 4 -- --train-steps 300 --train-samples 9600
+    python benchmarks/variants.py --transfer -- --train-steps 300 --train-samples 9600
     python benchmarks/variants.py --layers 10 24 -- --model output/smol-llava --batch-size 8
     python benchmarks/variants.py --table FILE
 
-What stands behind -- are options of run.py, alike for all. Each is trained from the start, takes
-one stream of edits and is asked all its questions; what FILE has is not trained again, so that a
-comparison can be continued. Writes variants.json.
+What stands behind -- are options of run.py, alike for all; of --train-samples each variant gets
+half, as --transfer drops up to that many. Each is trained from the start, takes one stream of edits
+and is asked all its questions. A comparison that was interrupted is continued where it stopped.
+Writes variants.json.
 """
 
 import argparse
@@ -16,33 +17,63 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import transformers
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.common import COLUMNS, ask_before, edit_and_judge, open_results, table
 from data import EditSample
 from liveedit import LiveEdit
-from run import (
-    ask_all,
-    judge,
-    keep_freed_memory,
-    longest_answer,
-    parse_options,
-    prepare,
-    question,
-    report_row,
-    summarise,
-    train,
-)
+from run import keep_freed_memory, parse_options, prepare, report_row, summarise, train
 
 LOSSES = ("reliability", "generality", "locality", "filter", "sigmoid", "softmax")
-COLUMNS = {
-    "reliability": "Rel", "text_generality": "T-Gen", "modal_generality": "M-Gen",
-    "modal_locality": "M-Loc", "same_image": "Same img", "similar_image": "Similar",
-}  # fmt: skip
+ROUND_SHAPES = ("circle", "heart", "crescent", "ring")
+LONG = 12  # characters
+
+
+def pictures_round_shapes(sample: EditSample) -> bool:
+    """Is one of the sample's pictures of a round shape?"""
+    pictured = [query.image for query in sample.queries.values() if query.image]
+    return any(image.scene.shape in ROUND_SHAPES for image in pictured)
+
+
+def edits_a_round_shape(sample: EditSample) -> bool:
+    """Is the edited picture of a round shape?"""
+    return sample.edit.image.scene.shape in ROUND_SHAPES
+
+
+def asks_for_captions(sample: EditSample) -> bool:
+    """Asks any of the sample's questions for a caption?"""
+    return any(query.fact[1] == "caption" for query in sample.queries.values())
+
+
+def edits_a_caption(sample: EditSample) -> bool:
+    """Is the edited question one for a caption?"""
+    return sample.edit.fact[1] == "caption"
+
+
+def has_long_target(sample: EditSample) -> bool:
+    """Is the new answer a long one?"""
+    return len(sample.edit.target) > LONG
+
+
+# What --transfer leaves out of the training, and which edits of the stream show what that costs.
+WORLDS = {
+    "round shapes": (pictures_round_shapes, edits_a_round_shape),
+    "captions": (asks_for_captions, edits_a_caption),
+    "long targets": (has_long_target, has_long_target),
+}
+
+
+class Variant(NamedTuple):
+    """How a training differs from the others."""
+
+    options: list[str] = []  # of run.py
+    loss: str | None = None  # one of LOSSES that is left out
+    world: str | None = None  # one of WORLDS that is left out
 
 
 def leave_out(editor: LiveEdit, name: str) -> None:
@@ -56,84 +87,57 @@ def leave_out(editor: LiveEdit, name: str) -> None:
     editor.training_losses = training_losses
 
 
-def shows_a_curve(sample: EditSample) -> bool:
-    """Is a picture of the sample one of these shapes?"""
-    pictured = [query.image for query in sample.queries.values() if query.image]
-    return any(image.scene.shape in ("circle", "heart", "crescent", "ring") for image in pictured)
-
-
-def edits_a_curve(sample: EditSample) -> bool:
-    """Is the edited picture one of these shapes?"""
-    return sample.edit.image.scene.shape in ("circle", "heart", "crescent", "ring")
-
-
-def asks_for_a_caption(sample: EditSample) -> bool:
-    """Is the edited question one for a caption?"""
-    return sample.edit.fact[1] == "caption"
-
-
-def has_long_target(sample: EditSample) -> bool:
-    """Has the answer more than 12 characters?"""
-    return len(sample.edit.target) > 12
-
-
-# What --transfer leaves out of the training, and which edits of the stream show what that costs.
-WORLDS = {
-    "round shapes": (shows_a_curve, edits_a_curve),
-    "captions": (asks_for_a_caption, asks_for_a_caption),
-    "long targets": (has_long_target, has_long_target),
-}
-
-
-def measure(arguments: list[str], without: str | None) -> dict:
-    """Train one variant and give its row of the report.
-
-    without: one of LOSSES or WORLDS.
-    """
+def measure(arguments: list[str], variant: Variant) -> dict:
+    """Train one variant and give its row of the report."""
     with tempfile.TemporaryDirectory() as folder:
-        options = parse_options([*arguments, "--out", folder])
+        options = parse_options([*arguments, *variant.options, "--out", folder])
         torch.manual_seed(options.seed)
         editor, samples, stream = prepare(options)
-        if without in LOSSES:
-            leave_out(editor, without)
-        if without in WORLDS:
-            left_out = WORLDS[without][0]
+        count = len(samples) // 2
+        if variant.loss:
+            leave_out(editor, variant.loss)
+        if variant.world:
+            left_out = WORLDS[variant.world][0]
             samples = [sample for sample in samples if not left_out(sample)]
-        trained = train(editor, samples, options)
-    longest, batch_size = longest_answer(editor, stream), options.eval_batch_size
-    before = ask_all(editor, stream, longest, batch_size)
-    edits = editor.edit_many([question(sample.edit) for sample in stream], batch_size)
-    after = ask_all(editor, stream, longest, batch_size)
-    judged = [
-        judge(sample, edit.id, len(stream), before, after)
-        for sample, edit in zip(stream, edits, strict=True)
-    ]
-    row = report_row(len(stream), sum(judged, []))
+        trained = train(editor, samples[:count], options)
+    batch_size = options.eval_batch_size
+    before = ask_before(editor, stream, batch_size)
+    judged = edit_and_judge(editor, stream, before, batch_size)
+    row = report_row(len(stream), sum(judged, [])) | {"losses": trained["losses"][-1]}
+    row |= {"samples": trained["samples"], "bytes": editor.experts.bytes_per_edit()}
+    row |= {"seconds": trained["seconds"], "seconds_of_states": trained["seconds_hidden_states"]}
     row["worlds"] = {}
     for name, (_, asked) in WORLDS.items():
         part = [results for sample, results in zip(stream, judged, strict=True) if asked(sample)]
         row["worlds"][name] = {"n": len(part), **summarise(sum(part, []), "free_running")}
-    row |= {"seconds": trained["seconds"], "seconds_of_states": trained["seconds_hidden_states"]}
-    return row | {"losses": trained["losses"][-1], "bytes": editor.experts.bytes_per_edit()}
+    return row
 
 
 def markdown(results: dict) -> str:
     """Print free-running figures, one row for each variant, and for each part of the world."""
-    lines = ["| free-running | " + " | ".join(COLUMNS.values()) + " | loss Rel | loss Gen |"]
-    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    rows, worlds = {}, {}
     for name, row in results["variants"].items():
-        cells = [f"{row['free_running'][column]:.1f}" for column in COLUMNS]
-        cells += [f"{row['losses'][loss]:.2f}" for loss in ("reliability", "generality")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| edits of | " + " | ".join(COLUMNS.values()) + " |"]
-    lines.append("|---" * (len(COLUMNS) + 1) + "|")
+        losses = {f"{loss} loss": row["losses"][loss] for loss in ("reliability", "generality")}
+        rows[name] = row["free_running"] | losses
     for world in WORLDS:
         for name in ("as it is", f"trained without {world}"):
             if name in results["variants"]:
-                found = results["variants"][name]["worlds"][world]
-                cells = " | ".join(f"{found[column]:.1f}" for column in COLUMNS)
-                lines.append(f"| {world}, {name} | {cells} |")
-    return "\n".join(lines)
+                worlds[f"{world}, {name}"] = results["variants"][name]["worlds"][world]
+    columns = COLUMNS | {"reliability loss": "loss Rel", "generality loss": "loss Gen"}
+    return table("free-running", columns, rows) + "\n\n" + table("edits of", COLUMNS, worlds)
+
+
+def chosen_variants(given: argparse.Namespace) -> dict[str, Variant]:
+    """Name the variants that the command line asks for; the first is the method as it is."""
+    variants = {"as it is": Variant()}
+    variants |= {f"rank {rank}": Variant(["--rank", str(rank)]) for rank in given.ranks}
+    variants |= {f"layer {layer}": Variant(["--layer", str(layer)]) for layer in given.layers}
+    if given.parts:
+        variants["dot products, not cosines"] = Variant(["--similarity", "dot"])
+        variants |= {f"without the loss {name}": Variant(loss=name) for name in LOSSES}
+    if given.transfer:
+        variants |= {f"trained without {name}": Variant(world=name) for name in WORLDS}
+    return variants
 
 
 def main() -> None:
@@ -149,27 +153,14 @@ def main() -> None:
     if given.table:
         print(markdown(json.loads(given.table.read_text())))
         return
-    variants = {"as it is": ([], None)}
-    variants |= {f"rank {rank}": (["--rank", str(rank)], None) for rank in given.ranks}
-    variants |= {f"layer {layer}": (["--layer", str(layer)], None) for layer in given.layers}
-    if given.parts:
-        variants["dot products, not cosines"] = (["--similarity", "dot"], None)
-        variants |= {f"without the loss {name}": ([], name) for name in LOSSES}
-    if given.transfer:
-        variants |= {f"trained without {name}": ([], name) for name in WORLDS}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    results = {"options": given.options, "versions": versions, "variants": {}}
-    if given.out.exists():
-        results["variants"] = json.loads(given.out.read_text())["variants"]
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    results = {"variants": {}} | open_results(given.out, {"options": given.options})
     keep_freed_memory()
-    for name, (more, without) in variants.items():
-        if name in results["variants"]:
-            continue
-        began = time.time()
-        results["variants"][name] = measure([*given.options, *more], without)
-        given.out.write_text(json.dumps(results, indent=1))
-        print(f"{name}: {time.time() - began:.0f} s", flush=True)
+    for name, variant in chosen_variants(given).items():
+        if name not in results["variants"]:
+            began = time.time()
+            results["variants"][name] = measure(given.options, variant)
+            given.out.write_text(json.dumps(results, indent=1))
+            print(f"{name}: {time.time() - began:.0f} s", flush=True)
     print(markdown(results))
 
 

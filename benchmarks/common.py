@@ -1,0 +1,76 @@
+"""What benchmarks share: a trained editor, the questions of a stream, results and tables."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import EditSample
+from liveedit import LiveEdit
+from run import ask_all, judge, longest_answer, question
+
+COLUMNS = {
+    "reliability": "Rel", "text_generality": "T-Gen", "modal_generality": "M-Gen",
+    "modal_locality": "M-Loc", "same_image": "Same img", "similar_image": "Similar",
+}  # fmt: skip
+
+
+def trained_editor(model, processor, folder: Path, **changes) -> LiveEdit:
+    """Load an editor without its edits; where it does not load, one sentence ends the program."""
+    try:
+        editor = LiveEdit.from_pretrained(model, processor, folder, **changes)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    editor.reset()
+    return editor
+
+
+def ask_before(editor: LiveEdit, stream: list[EditSample], batch_size: int) -> dict:
+    """Answer all queries of a stream without edits, by the query's id()."""
+    with editor.disabled():
+        return ask_all(editor, stream, longest_answer(editor, stream), batch_size)
+
+
+def edit_and_judge(
+    editor: LiveEdit, stream: list[EditSample], before: dict, batch_size: int
+) -> list[list[dict]]:
+    """Make all edits of a stream and judge all its queries, sample by sample."""
+    edits = editor.edit_many([question(sample.edit) for sample in stream], batch_size)
+    after = ask_all(editor, stream, longest_answer(editor, stream), batch_size)
+    return [
+        judge(sample, edit.id, len(stream), before, after)
+        for sample, edit in zip(stream, edits, strict=True)
+    ]
+
+
+def open_results(file: Path, settings: dict) -> dict:
+    """Continue the results in a file, or begin new ones, of runs with these settings.
+
+    Results of other settings or versions are not mixed: one sentence ends the program.
+    """
+    settings = json.loads(json.dumps(settings, default=str))  # as they are read again
+    settings["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        return settings
+    results = json.loads(file.read_text())
+    for key, value in settings.items():
+        if results.get(key) != value:
+            found = f"{file} has results with {key} {results.get(key)}, not {value}"
+            sys.exit(f"{Path(sys.argv[0]).name}: {found}; delete it or choose another --out")
+    return results
+
+
+def table(title: str, columns: dict[str, str], rows: dict[str, dict]) -> str:
+    """Print figures, or texts, as a Markdown table, one row for each name."""
+    lines = [f"| {title} | " + " | ".join(columns.values()) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for name, row in rows.items():
+        values = [row[column] for column in columns]
+        cells = [value if isinstance(value, str) else f"{value:.1f}" for value in values]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
