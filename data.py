@@ -20,7 +20,7 @@ import json
 import math
 import random
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -636,12 +636,12 @@ def _portability(record: dict) -> dict:
     return port if isinstance(port, dict) else {}
 
 
-def check_pictures(samples: list[EditSample], progress: Callable = list) -> int:
+def check_pictures(samples: list[EditSample]) -> int:
     """Decode every picture file once and count them. Raises ValueError that names the broken."""
     queries = [query for sample in samples for query in sample.queries.values()]
     paths = sorted({q.image.path for q in queries if isinstance(q.image, ImageFile)})
     broken = []
-    for path in progress(paths):
+    for path in paths:
         try:
             ImageFile(path).open()
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -683,10 +683,10 @@ def without_leaks(training: list[EditSample], stream: list[EditSample]):
     asked = {fact for sample in stream for fact in sample.untouched_facts()}
     kept, left_out = [], 0
     for sample in training:
-        leaks = [
-            n for n in LOCALITY_QUERIES if n in sample.queries and sample.queries[n].fact in asked
-        ]
-        queries = {name: query for name, query in sample.queries.items() if name not in leaks}
+        queries = dict(sample.queries)
+        for name, query in sample.queries.items():
+            if name in LOCALITY_QUERIES and query.fact in asked:
+                del queries[name]
+                left_out += 1
         kept.append(EditSample(sample.kind, queries))
-        left_out += len(leaks)
     return kept, left_out

@@ -325,7 +325,7 @@ class Route(NamedTuple):
     V: Tensor | None = None  # (n, R, D)
 
 
-@dataclass(eq=False)
+@dataclass
 class _Prompt:
     """A prompt whose generation runs without a KV cache, and so repeats it at each step."""
 
@@ -334,13 +334,10 @@ class _Prompt:
     route: Route
     length: int  # tokens so far
 
-    def begins_as(self, ids: Tensor, pictures) -> bool:
-        """Does this call begin with the prompt? Beams swap what they have generated."""
-        return pictures is self.pictures and torch.equal(ids[:, : self.ids.shape[1]], self.ids)
-
     def continued_by(self, ids: Tensor, pictures) -> bool:
-        """Is this the prompt with one token more?"""
-        return ids.shape[1] == self.length + 1 and self.begins_as(ids, pictures)
+        """Is this the prompt with one token more? Beams swap what they have generated."""
+        same = pictures is self.pictures and ids.shape[1] == self.length + 1
+        return same and torch.equal(ids[:, : self.ids.shape[1]], self.ids)
 
 
 class _ThreadState(threading.local):
@@ -606,20 +603,18 @@ class LiveEdit(nn.Module):
                 raise RuntimeError("LiveEdit edits calls of the whole model, not of its decoder")
             return None
         ids, pictures = call.get("input_ids"), first_of(call, "pixel_values", "mm_encoder_outputs")
-        uncached = cache is None and call.get("labels") is None and not self._thread.disabled
-        if uncached and ids is not None:
-            for prompt in self._thread.prompts:
-                if prompt.continued_by(ids, pictures):
-                    prompt.length += 1
-                    return prompt.route
-        route = self._route(call, hidden)
         if cache is not None:
-            cache.liveedit_route = route
-        elif uncached and ids is not None and route.has_image:
-            prompts = self._thread.prompts
-            for older in [p for p in prompts if p.begins_as(ids, pictures)]:
-                prompts.remove(older)  # its generation has ended: this one begins anew
-            prompts.append(_Prompt(ids.clone(), pictures, route, ids.shape[1]))
+            cache.liveedit_route = self._route(call, hidden)
+            return cache.liveedit_route
+        if ids is None or call.get("labels") is not None or self._thread.disabled:
+            return self._route(call, hidden)
+        for prompt in self._thread.prompts:  # the newest first
+            if prompt.continued_by(ids, pictures):
+                prompt.length += 1
+                return prompt.route
+        route = self._route(call, hidden)
+        if route.has_image:
+            self._thread.prompts.appendleft(_Prompt(ids.clone(), pictures, route, ids.shape[1]))
         return route
 
     def _route(self, call: dict, hidden: Tensor) -> Route:

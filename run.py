@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -279,11 +280,9 @@ def average_gradients(parameters) -> None:
     if PROCESSES == 1:
         return
     gradients = [parameter.grad for parameter in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = parameters_to_vector(gradients)  # one message for all
     dist.all_reduce(flat)
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, mean in zip(gradients, (flat / PROCESSES).split(sizes), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    vector_to_parameters(flat / PROCESSES, gradients)
 
 
 def gathered(value) -> list:
@@ -301,6 +300,12 @@ def gathered(value) -> list:
 def question(query: Query) -> Question:
     """Open the picture of a query."""
     return Question(query.image.open() if query.image else None, query.prompt, query.target)
+
+
+def pictured_questions(samples: list[EditSample]) -> list[Question]:
+    """Open all questions with pictures, sample by sample, each in the order of ROLES."""
+    names = [(sample, name) for sample in samples for name in ROLES if name in sample.queries]
+    return [question(sample.queries[name]) for sample, name in names]
 
 
 class TrainingSet:
@@ -322,11 +327,8 @@ class TrainingSet:
             self.text_rows = torch.arange(sum(has_text)).split(has_text)
 
     def _capture(self, samples: list[EditSample], progress) -> tuple[States, Rows | None]:
-        pictured = [
-            question(s.queries[name]) for s in samples for name in ROLES if name in s.queries
-        ]
         texts = [s.queries["text_locality"] for s in samples if "text_locality" in s.queries]
-        states = self.editor.capture(pictured, self.batch_size, progress)
+        states = self.editor.capture(pictured_questions(samples), self.batch_size, progress)
         if not texts:
             return states, None
         text = self.editor.capture([question(t) for t in texts], self.batch_size, above=False)
@@ -404,12 +406,7 @@ def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, settings: di
 
 def fit_norms(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespace) -> None:
     """Fit a new editor's norms to the model, alike in all processes."""
-    some = [
-        question(sample.queries[name])
-        for sample in samples[:32]
-        for name in ROLES
-        if name in sample.queries
-    ]
+    some = pictured_questions(samples[:32])
     editor.standardise(editor.capture(some, options.eval_batch_size, above=False))
     if PROCESSES > 1:
         for parameter in editor.parameters():

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
@@ -147,34 +146,6 @@ GOLDEN = {  # numbers of the official modules with weights by the formula of `fi
         0.00650326, -0.02784757, -0.05914669, -0.00345538, -0.04267574, -0.03917223, 0.00668902,
         -0.02830034, -0.058785, -0.00297115, -0.04206376, -0.04039641, 0.00661372, -0.02783014,
         -0.05927822, -0.00353836, -0.04267153, -0.03909434],
-    "edit_visual": [
-        0.61548172, 0.22139268, 0.01407703, 0.52117346, -0.15903825, -0.13803179, 0.19539704,
-        -0.55002365, 0.61560481, 0.22124778, 0.01412914, 0.52125536, -0.15894888, -0.13809206,
-        0.19538056, -0.54994344, 0.60965439, 0.21403861, 0.02879619, 0.51073052, -0.15966279,
-        -0.1316566, 0.18831332, -0.54783388, 0.60982846, 0.21386833, 0.02882802, 0.51086233,
-        -0.15956302, -0.13170845, 0.18827625, -0.5477372, 0.57799863, 0.1865477, 0.09369134,
-        0.45975642, -0.14494392, -0.08324514, 0.11505994, -0.50767434, 0.5779997, 0.18654658,
-        0.09369163, 0.45975719, -0.1449439, -0.08324506, 0.11505981, -0.50767427],
-    "edit_text": [
-        0.04441732, -0.34475883, -0.53276081, 0.08137339, -0.36428348, -0.21573759, 0.3678692,
-        -0.14869307, 0.05451873, -0.35007495, -0.53643447, 0.09113135, -0.35513477, -0.21744809,
-        0.36078868, -0.13842147, 0.0514688, -0.3609386, -0.52024926, 0.08242538, -0.37564613,
-        -0.20157868, 0.36211226, -0.15589123, 0.05984517, -0.36469536, -0.52408331, 0.09081792,
-        -0.36910528, -0.20268522, 0.35690932, -0.14849379, 0.19997618, -0.3721783, -0.65516665,
-        0.25679433, -0.44590918, -0.27933689, 0.5263931, -0.27676574, 0.20214034, -0.37508667,
-        -0.6538143, 0.25806755, -0.44163581, -0.2827663, 0.52626625, -0.27318295],
-    "input_visual": [
-        0.60325436, 0.15115196, 0.00786527, 0.40985002, -0.25762733, -0.16439871, 0.0611934,
-        -0.57933263, 0.60326987, 0.15111112, 0.00789914, 0.40984991, -0.25758459, -0.1644519,
-        0.06121498, -0.57930553],
-    "input_text": [
-        0.0500292, -0.40406866, -0.47812892, 0.16380434, -0.34750435, -0.07590783, 0.45601772,
-        -0.12646403, 0.06403603, -0.4165093, -0.47709372, 0.17499331, -0.32852023, -0.08516911,
-        0.44823145, -0.10778834],
-    "sentinel_visual": [
-        0.5863803, 0.13139061, 0.04863286, 0.38031909, -0.26076441, -0.13240811, 0.02565051,
-        -0.56834815, 0.58639767, 0.13135273, 0.04866131, 0.38032258, -0.2607245, -0.13245505,
-        0.02566735, -0.56832158],
     "visual_similarity": [
         0.35805993, 0.35404209, 0.32464034],
     "sentinel_similarity": [
@@ -243,9 +214,7 @@ def test_agrees_with_the_official_modules():
     routing = router.route(features, visual_keys, text_keys)
     kept = routing.experts
     normed = F.layer_norm(prompts[0].states, (6,))
-    ours = {"U": U[0], "V": V[0], "edit_visual": visual_keys, "edit_text": text_keys}
-    ours |= {"input_visual": features.visual, "input_text": features.text}
-    ours |= {"sentinel_visual": features.sentinel, "visual_similarity": routing.similarity}
+    ours = {"U": U[0], "V": V[0], "visual_similarity": routing.similarity}
     ours |= {"sentinel_similarity": routing.threshold}
     ours |= {"text_similarity": text_similarity(features.text, text_keys)}
     ours |= {"weights": F.pad(routing.weights, (0, 1))}
@@ -1777,38 +1746,29 @@ def config_with(key: str, value):
     return load_with(CONFIG, change)
 
 
-def tensors_with(file: str, change):
-    def call(h, folder):
-        h.save_pretrained(folder)
-        tensors = load_file(folder / file)
-        with liveedit.safe_open(folder / file, framework="pt") as opened:
-            metadata = opened.metadata()
-        change(tensors)
-        save_file(tensors, folder / file, metadata)
-        LiveEdit.from_pretrained(load_tiny(), h.processor, folder)
+def add_with(**changes):
+    """Add an expert one of whose tensors is not as it should be."""
+
+    def call(h, _):
+        good = {name: torch.zeros(1, *shape) for name, shape in h.experts.shapes.items()}
+        h.experts.add(good | changes, [liveedit.Edit(99, "q", "a", 0.0)])
 
     return call
 
 
-def nan_weight(call):
-    def spoiled(h, folder):
+def save_nan(h, folder):
+    with torch.no_grad():
+        h.norm.bias[0] += math.nan
+    try:
+        h.save_pretrained(folder)
+    finally:
         with torch.no_grad():
-            h.norm.bias[0] += math.nan
-        try:
-            call(h, folder)
-        finally:
-            with torch.no_grad():
-                h.norm.bias[0] = 0.0
-
-    return spoiled
-
-
-def first_nan(tensor: torch.Tensor) -> None:
-    tensor.view(-1)[0] = math.nan
+            h.norm.bias[0] = 0.0
 
 
 CONFIG, NETWORKS, EXPERTS = liveedit.CONFIG_FILE, liveedit.NETWORKS_FILE, liveedit.EXPERTS_FILE
 DAMAGES = (lambda b: b"", lambda b: b[:100], lambda b: b[:-100], lambda b: b"\xff" * 999)
+DAMAGES += (lambda b: b[:-9] + bytes(9),)  # whole, but not as it was saved
 SETTINGS = ("module_dim", "rank", "slots", "heads", "sentinel_tokens")
 CONFIG_VALUES = {
     **dict.fromkeys(SETTINGS, NO_COUNTS),
@@ -1821,8 +1781,7 @@ CONFIG_VALUES = {
 LISTS = (([picture()], ["a", "b"]), ([], []), (picture(), ["a"]), (None, None))
 LISTS += (([picture()], ["a"], []), ([picture()], ["a"], "x"))
 LAST = ((None, "What?", "x"), (picture(), "", "x"), (picture(), "What?", " "), ("cat", "W", "x"))
-CHANGED = {"rank": 8, "module_dim": 0, "layer": 9, "heads": 7, "gain": 1.0, "similarity": "dot"}
-CHANGED |= {"trained_steps": "x", "editor": None, "format": 1, "backbone": {"layers": 9}}
+CHANGED = {"rank": 8, "gain": 1.0, "format": 1, "editor": None, "backbone": {"layers": 9}}
 CHANGES = {
     "no inputs": (lambda i: None, "input_ids"),
     "no labels": (lambda i: i | {"labels": None}, "labels"),
@@ -1832,48 +1791,34 @@ CHANGES = {
     "mask shape": (lambda i: i | {"attention_mask": i["attention_mask"][:, 1:]}, "attention_mask"),
     "NaN pixels": (lambda i: i | {"pixel_values": i["pixel_values"] * math.nan}, "not finite"),
 }
-SPOILT = {
-    "networks NaN": (NETWORKS, lambda t: first_nan(t["norm.weight"]), "as it was saved"),
-    "networks shifted": (NETWORKS, lambda t: t["norm.weight"].add_(1), "as it was saved"),
-    "networks lack one": (NETWORKS, lambda t: t.pop("norm.bias"), "norm.bias"),
-    "experts NaN": (EXPERTS, lambda t: first_nan(t["U"]), "not finite"),
-    "experts lack one": (EXPERTS, lambda t: t.pop("V"), "V of 2 experts"),
-    "experts shape": (EXPERTS, lambda t: t.update(U=t["U"][:, :1].clone()), "U of 2 experts"),
-    "records": (EXPERTS, lambda t: t.update(edits=t["edits"][:9].clone()), "does not load"),
-}
 # (what, the values tried, call(editor, value or folder), what the refusal names; None: it works)
 HOSTILE = [
     ("heads", (7,), lambda h, v: LiveEdit(load_tiny(), None, LiveEditConfig(heads=v)), "heads"),
     ("layer", (6, -1), lambda h, v: LiveEdit(load_tiny(), None, LiveEditConfig(layer=v)), "0 to 5"),
     ("model", (1, "tiny", torch.nn.Linear(2, 2)), lambda h, v: LiveEdit(v), "vision-language"),
     ("processor", ("tiny", 3), lambda h, v: LiveEdit(load_tiny(), v), "processor"),
-    ("encode image", NO_PICTURES, lambda h, v: h.encode(v, "What?"), "image"),
     ("edit image", (None, *NO_PICTURES, *NO_PIXELS), lambda h, v: h.edit(v, "W?", "a"), "image"),
     ("cut file", ("PNG", "BMP"), lambda h, v: h.edit(half_file(v), "What?", "a"), "image"),
     ("modes", MODES, lambda h, v: h.edit(Image.new(v, (40, 30)), "What?", "a"), None),
     ("sizes", SIZES, lambda h, v: h.edit(Image.new("RGB", v), "What?", "a"), None),
     ("encode prompt", NO_TEXTS, lambda h, v: h.encode(picture(), v), "prompt|list"),
-    ("listed prompt", NO_TEXTS, lambda h, v: h.encode([picture()] * 2, ["What?", v]), "prompt"),
     ("edit prompt", NO_TEXTS, lambda h, v: h.edit(picture(), v, "a"), "prompt"),
     ("edit target", NO_TEXTS, lambda h, v: h.edit(picture(), "What?", v), "target"),
     ("token in prompt", TOKENS, lambda h, v: h.edit(picture(), v, "a"), "image token"),
-    ("token in target", TOKENS, lambda h, v: h.edit(picture(), "What?", v), "image token"),
     ("huge prompt", HUGE, lambda h, v: h.edit(picture(), v, "a"), "too many"),
-    ("huge target", HUGE, lambda h, v: h.edit(picture(), "What?", v), "too many"),
     ("odd prompt", ODD_TEXTS, lambda h, v: h.edit(picture(), v, "a"), None),
-    ("odd target", ODD_TEXTS, lambda h, v: h.edit(picture(), "What?", v), None),
     ("lists", LISTS, lambda h, v: h.encode(*v), "one length|list"),
     ("edits", ([3], ["abcd"], [()], [(picture(), "W")]), lambda h, v: h.edit_many(v), "an edit is"),
     ("last edit", LAST, lambda h, v: h.edit_many([*questions(3), v]), "image|prompt|target"),
     ("nothing", ([], ()), lambda h, v: h.edit_many(v), None),
     ("no list", (None, 3, True), lambda h, v: h.edit_many(v), "edits are a list"),
     ("batch size", NO_COUNTS, lambda h, v: h.edit_many(questions(1), batch_size=v), "batch_size"),
-    ("capture size", NO_COUNTS, lambda h, v: h.capture(questions(1), batch_size=v), "batch_size"),
     ("capture", ([], ()), lambda h, v: h.capture(v), "at least one"),
     ("explain", ({}, {"input_ids": 3}), lambda h, v: h.explain(v), "input_ids"),
     ("forget", (0, -1, 99, "1", None, 2**70), lambda h, v: h.forget(v), "no edit with id"),
-    ("NaN weight", FOLDER, nan_weight(lambda h, v: h.edit(picture(), "What?", "a")), "not finite"),
-    ("save NaN", FOLDER, nan_weight(lambda h, v: h.save_pretrained(v)), "not finite"),
+    ("save NaN", FOLDER, save_nan, "not finite"),
+    ("expert NaN", FOLDER, add_with(U=torch.full((1, 4, 128), math.nan)), "not finite"),
+    ("expert shape", FOLDER, add_with(V=torch.zeros(1, 3, 128)), "V of 1 experts"),
     ("save on a file", FOLDER, lambda h, v: [(v / "x").touch(), h.save_pretrained(v / "x")], "x"),
     ("load nothing", FOLDER, lambda h, v: LiveEdit.from_pretrained(h.model, None, v), "no saved"),
 ]
@@ -1881,15 +1826,11 @@ for key, values in CONFIG_VALUES.items():
     HOSTILE.append((key, values, lambda h, v, key=key: LiveEditConfig(**{key: v}), key))
 for what, (change, named) in CHANGES.items():
     HOSTILE.append((what, FOLDER, ask_with(change), named))
-for i, content in enumerate((b"", b"{", b"[]", b"null", b"{}", b"\0")):
-    HOSTILE.append((f"config {i}", FOLDER, load_with(CONFIG, lambda b, c=content: c), "not load"))
 for key, value in CHANGED.items():
     HOSTILE.append((f"saved {key}", FOLDER, config_with(key, value), "does not load"))
-for file in (NETWORKS, EXPERTS):
+for file in (CONFIG, NETWORKS, EXPERTS):
     for i, damage in enumerate(DAMAGES):
         HOSTILE.append((f"{file} {i}", FOLDER, load_with(file, damage), "does not load"))
-for what, (file, change, named) in SPOILT.items():
-    HOSTILE.append((what, FOLDER, tensors_with(file, change), named))
 
 
 def everything_of(editor: LiveEdit) -> list:
@@ -2445,36 +2386,6 @@ def test_readme_python_runs():
 
 
 # --------------------------------------------------------------------------------- the tiny LLaVA
-
-
-def test_packed_rows_of_the_training_are_what_separate_rows_compute(base):
-    model, processor = base
-    sys.path.insert(0, str(TINY))
-    import train
-
-    sys.path.remove(str(TINY))
-    drawing = data.Drawing(data.SCENES[5], 3)
-    pixels = train.draw(processor, [drawing])
-    packer = train.Packer(processor.tokenizer, 36)
-    batch = packer.batch([drawing.scene], random.Random(0))
-    with torch.no_grad():
-        features = train.vision_features(model, pixels).float()
-        packed, wanted = train.packed_logits(model, packer, features, batch)
-        at = 0
-        for ids, replied, sees in packer.row(drawing.scene, random.Random(0)):
-            alone = torch.tensor([packer.head + ids if sees else ids])
-            picture = {"pixel_values": pixels.float()} if sees else {}
-            logits = model(input_ids=alone, **picture).logits[0, -replied - 1 : -1]
-            assert_close(packed[at : at + replied], logits, 0.02)
-            assert wanted[at : at + replied].tolist() == ids[-replied:]
-            at += replied
-    assert at == len(packed)
-    asked = packer.head + packer.ids(packer.question.format(QUESTIONS[0]))
-    parts = [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]
-    turn = [{"role": "user", "content": parts}]
-    text = processor.apply_chat_template(turn, add_generation_prompt=True)
-    encoded = processor(images=[drawing.open()], text=[text])
-    assert list(encoded["input_ids"][0]) == asked
 
 
 def test_the_tiny_llava_speaks_any_text_is_small_and_answers(base):
