@@ -1,10 +1,12 @@
-"""Draw LiveEdit beside its peers from the results of peers.py.
+"""Draw figures of the results of peers.py or variants.py.
 
     pip install matplotlib
     python benchmarks/curves.py benchmarks/results/tiny-llava/peers.json assets
+    python benchmarks/curves.py benchmarks/results/tiny-llava/variants.json assets
 
-Writes retention.png (edited answers, and all others, after more and more edits) and tradeoff.png
-(generality against hard locality after all of them). All figures are free-running.
+Of peers: retention.png (edited answers, and all others, after more and more edits) and tradeoff.png
+(generality against hard locality after all of them). Of variants: lengths.png (whole answers right
+by length of the target, for each rank). All figures are free-running.
 """
 
 import json
@@ -78,16 +80,38 @@ def tradeoff(methods: dict, file: Path) -> None:
     plt.close(figure)
 
 
+def lengths(variants: dict, file: Path) -> None:
+    """Draw whole answers right by tokens of the target, one curve for each rank."""
+    figure, panel = plt.subplots(figsize=(6, 4))
+    ranks = {}
+    for name, row in variants.items():
+        if name == "as it is" or name.startswith("rank "):
+            ranks[row["rank"]] = row["by_length"]
+    for number, rank in enumerate(sorted(ranks)):
+        tokens = sorted(ranks[rank], key=int)
+        values = [ranks[rank][n]["right"] for n in tokens]
+        panel.plot(tokens, values, marker=MARKERS[number], label=f"rank {rank}")
+    panel.set(xlabel="tokens of the target (the last: or more)", ylabel="whole answers right, %")
+    panel.set(ylim=(-3, 103), title="edits with open targets and made-up names")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
 def main() -> None:
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     if not Path(sys.argv[1]).is_file():
-        sys.exit(f"curves.py: there are no results of peers.py in {sys.argv[1]}")
-    methods = json.loads(Path(sys.argv[1]).read_text())["methods"]
+        sys.exit(f"curves.py: there are no results in {sys.argv[1]}")
+    results = json.loads(Path(sys.argv[1]).read_text())
     folder = Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
-    retention(methods, folder / "retention.png")
-    tradeoff(methods, folder / "tradeoff.png")
+    if "variants" in results:
+        lengths(results["variants"], folder / "lengths.png")
+    else:
+        retention(results["methods"], folder / "retention.png")
+        tradeoff(results["methods"], folder / "tradeoff.png")
 
 
 if __name__ == "__main__":

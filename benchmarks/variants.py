@@ -25,9 +25,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.common import COLUMNS, ask_before, edit_and_judge, open_results, table
+from benchmarks.lengths import LONGEST, by_length
 from data import EditSample
 from liveedit import LiveEdit
-from run import keep_freed_memory, parse_options, prepare, report_row, summarise, train
+from run import keep_freed_memory, parse_options, percent, prepare, report_row, summarise, train
 
 LOSSES = ("reliability", "generality", "locality", "filter", "sigmoid", "softmax")
 ROUND_SHAPES = ("circle", "heart", "crescent", "ring")
@@ -105,7 +106,12 @@ def measure(arguments: list[str], variant: Variant) -> dict:
     judged = edit_and_judge(editor, stream, before, batch_size)
     row = report_row(len(stream), sum(judged, [])) | {"losses": trained["losses"][-1]}
     row |= {"samples": trained["samples"], "bytes": editor.experts.bytes_per_edit()}
+    row |= {"rank": editor.config.rank, "layer": editor.config.layer}
     row |= {"seconds": trained["seconds"], "seconds_of_states": trained["seconds_hidden_states"]}
+    row["by_length"] = {
+        str(tokens): {"right": percent(scores), "n": len(scores)}
+        for tokens, scores in by_length(sum(judged, []), "reliability").items()
+    }
     row["worlds"] = {}
     for name, (_, asked) in WORLDS.items():
         part = [results for sample, results in zip(stream, judged, strict=True) if asked(sample)]
@@ -114,17 +120,30 @@ def measure(arguments: list[str], variant: Variant) -> dict:
 
 
 def markdown(results: dict) -> str:
-    """Print free-running figures, one row for each variant, and for each part of the world."""
-    rows, worlds = {}, {}
+    """Print free-running figures, one row for each variant, and for each part of the world.
+
+    Lengths are tokens of the target, without the end; whole answers of edits that are right.
+    """
+    rows, worlds, lengths = {}, {}, {}
+    tokens = {str(n): str(n) for n in range(1, LONGEST)} | {str(LONGEST): f"{LONGEST} or more"}
     for name, row in results["variants"].items():
-        losses = {f"{loss} loss": row["losses"][loss] for loss in ("reliability", "generality")}
+        losses = {
+            f"{loss} loss": f"{row['losses'][loss]:.2f}" for loss in ("reliability", "generality")
+        }
         rows[name] = row["free_running"] | losses
+        found = row["by_length"]
+        lengths[name] = {n: found[n]["right"] if n in found else "-" for n in tokens}
+        counts = {n: str(found[n]["n"]) if n in found else "0" for n in tokens}
     for world in WORLDS:
-        for name in ("as it is", f"trained without {world}"):
-            if name in results["variants"]:
+        if f"trained without {world}" in results["variants"]:
+            for name in ("as it is", f"trained without {world}"):
                 worlds[f"{world}, {name}"] = results["variants"][name]["worlds"][world]
     columns = COLUMNS | {"reliability loss": "loss Rel", "generality loss": "loss Gen"}
-    return table("free-running", columns, rows) + "\n\n" + table("edits of", COLUMNS, worlds)
+    tables = [table("free-running", columns, rows)]
+    tables.append(table("tokens of the target", tokens, lengths | {"n": counts}))
+    if worlds:
+        tables.append(table("edits of", COLUMNS, worlds))
+    return "\n\n".join(tables)
 
 
 def chosen_variants(given: argparse.Namespace) -> dict[str, Variant]:
