@@ -1,12 +1,14 @@
-"""Draw figures of the results of peers.py or variants.py.
+"""Draw figures of the results of peers.py, variants.py or speed.py.
 
     pip install matplotlib
     python benchmarks/curves.py benchmarks/results/tiny-llava/peers.json assets
     python benchmarks/curves.py benchmarks/results/tiny-llava/variants.json assets
+    python benchmarks/curves.py benchmarks/results/tiny-llava/speed.json assets
 
 Of peers: retention.png (edited answers, and all others, after more and more edits) and tradeoff.png
 (generality against hard locality after all of them). Of variants: lengths.png (whole answers right
-by length of the target, for each rank). All figures are free-running.
+by length of the target, for each rank). Of speed: cost.png (prefill and a token, as multiples of
+the unedited model's). Answers are free-running.
 """
 
 import json
@@ -99,6 +101,24 @@ def lengths(variants: dict, file: Path) -> None:
     plt.close(figure)
 
 
+def costs(questions: list[dict], file: Path) -> None:
+    """Draw what a question costs as edits become more."""
+    figure, panel = plt.subplots(figsize=(6, 4))
+    counts = [row["edits"] for row in questions]
+    for number, (key, label) in enumerate({"prefill": "prefill", "token": "a token"}.items()):
+        values = [row[key] for row in questions]
+        panel.plot(counts, values, marker=MARKERS[number], label=label)
+    panel.set_xscale("symlog", linthresh=1)
+    panel.set_xticks(counts, [f"{count:,}" for count in counts])
+    panel.minorticks_off()
+    panel.set(xlabel="edits in the model", ylabel="time, as a multiple of the unedited model's")
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
 def main() -> None:
     if len(sys.argv) != 3:
         sys.exit(__doc__)
@@ -107,7 +127,9 @@ def main() -> None:
     results = json.loads(Path(sys.argv[1]).read_text())
     folder = Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
-    if "variants" in results:
+    if "question" in results:
+        costs(results["question"], folder / "cost.png")
+    elif "variants" in results:
         lengths(results["variants"], folder / "lengths.png")
     else:
         retention(results["methods"], folder / "retention.png")

@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-llava")
     parser.add_argument("--editor", type=Path, default=ROOT / "tiny-llava" / "editor")
-    parser.add_argument("--edits", type=int, nargs="+", default=[0, 1, 100, 500, 10_000])
+    parser.add_argument("--edits", type=int, nargs="+", default=[0, 1, 100, 500, 10_000, 100_000])
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "speed.json")
     given = parser.parse_args()
     keep_freed_memory()
