@@ -5,7 +5,7 @@ Copy this file with router.py and liveedit.py into another codebase; it needs to
 B batch       T sequence length      V vision tokens    P prompt tokens
 D hidden size of the model           M module width     Q learned queries (R or K of them)
 N experts     R rank of an expert    K feature slots    H attention heads
-In einsums: b batch, t sequence, d hidden, n experts, r rank, k slots, m module width.
+In einsums: b batch, t sequence, d hidden, n experts, r rank, q queries, h heads, w head width.
 """
 
 import math
@@ -66,19 +66,20 @@ class CrossAttention(nn.Module):
         mask (B, T) is True where a state may be attended; places (B, T, M) are added to its key.
         Returns (B, Q, value_dim).
         """
-        query = self._split_heads(self.to_query(queries))
-        key = self._split_heads(self.to_key(states) + places)
-        value = self._split_heads(self.to_value(states))
-        batch = max(len(query), len(key))
-        query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
+        query = self.to_query(queries).unflatten(-1, (self.heads, -1))  # (B, Q, H, head width)
+        to_key = self.to_key.weight.unflatten(0, (self.heads, -1))
+        to_value = self.to_value.weight.unflatten(0, (self.heads, -1))
+        # Eq. (2): CA(x, y) = softmax(x W_q (y W_k)^T) y W_v, multiplied in another order: x W_q W_k
+        # first, W_v last. Queries are few and states many, so keys and values are never formed.
+        asked = torch.einsum("bqhw,hwd->bhqd", query, to_key)
+        added = (self.to_key.bias[None, None] + places).unflatten(-1, (self.heads, -1))
+        scores = torch.einsum("bhqd,btd->bhqt", asked, states)
+        scores = scores + torch.einsum("bqhw,bthw->bhqt", query, added)
         if mask is not None:
-            mask = mask[:, None, None, :]
-        # Eq. (2): CA(x, y) = softmax(x W_q (y W_k)^T) y W_v
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return mixed.transpose(1, 2).flatten(2)
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, Q or T, head width)
+            scores = scores.masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
+        shares = (scores * query.shape[-1] ** -0.5).softmax(-1)
+        mixed = torch.einsum("bhqt,btd->bhqd", shares, states)
+        return torch.einsum("bhqd,hwd->bqhw", mixed, to_value).flatten(2) + self.to_value.bias
 
 
 class ExpertGenerator(nn.Module):
