@@ -224,6 +224,22 @@ def test_agrees_with_the_official_modules():
         assert_close(ours[name].flatten(), torch.tensor(numbers, dtype=torch.float64), 1e-6)
 
 
+@pytest.mark.parametrize("rows", ((1, 3), (3, 1), (3, 3)), ids=str)
+def test_attention_is_that_of_formed_keys_and_values(rows):
+    attention = CrossAttention(10, 8, 12, heads=2)
+    queries, states = torch.randn(rows[0], 4, 8), torch.randn(rows[1], 6, 10)
+    mask, places = torch.rand(rows[1], 6) > 0.4, torch.randn(rows[1], 6, 8)
+    mask[:, 0] = True
+    query, key = attention.to_query(queries), attention.to_key(states) + places
+    heads = [
+        x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (query, key, attention.to_value(states))
+    ]
+    scores = heads[0] @ heads[1].transpose(2, 3) / 2  # heads are four numbers wide
+    shares = scores.masked_fill(~mask[:, None, None], -math.inf).softmax(-1)
+    naive = (shares @ heads[2]).transpose(1, 2).flatten(2)
+    assert_close(attention(queries, states, mask, places), naive, 1e-5)
+
+
 def test_apply_experts_is_the_double_loop_and_ignores_their_order():
     h, w = torch.randn(2, 5, 8), torch.rand(2, 3)
     U, V = torch.randn(2, 3, 4, 8)
