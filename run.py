@@ -365,6 +365,15 @@ def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.
     return optimizers
 
 
+def cut_gradients(editor: LiveEdit) -> None:
+    """Cut gradients to norm 1, each part's on its own: large ones would silence the router's.
+
+    Differs from the paper, which does not cut them.
+    """
+    for part in (editor.generator, editor.router, editor.norm):
+        torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
+
+
 def rate_factor(step: int, steps: int, small: bool) -> float:
     """Compute the learning rate's factor: the paper's cut, or a warm-up and a cosine."""
     if not small:
@@ -449,10 +458,7 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
             editor.zero_grad()
             losses["total"].backward()
             average_gradients(list(editor.parameters()))
-            # Differs from the paper: gradients are cut to norm 1. Each part on its own, or large
-            # gradients of the experts would silence the router's.
-            for part in (editor.generator, editor.router, editor.norm):
-                torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
+            cut_gradients(editor)
             for optimizer in optimizers:
                 optimizer.step()
             progress["step"], progress["seconds"] = step + 1, time.time() - start

@@ -2322,7 +2322,15 @@ def test_an_interrupted_training_resumes_exactly(tmp_path, capsys):
 
 
 WORKER = """
-import sys, torch, run
+import shutil, sys, torch, run
+run.CHECKPOINT_SECONDS, save = -1, run.save_checkpoint
+
+def save_and_keep_the_second(file, editor, optimizers, progress):
+    save(file, editor, optimizers, progress)
+    if progress["step"] == 2 and not run.RANK:
+        shutil.copy(file, file.with_name("second"))
+
+run.save_checkpoint = save_and_keep_the_second
 options = run.parse_options(sys.argv[1:])
 with run.all_processes():
     torch.manual_seed(options.seed)
@@ -2348,6 +2356,7 @@ def test_two_processes_train_as_one_that_averages_their_gradients(tmp_path):
             line, capture_output=True, text=True, cwd=HERE, env=environment, timeout=200
         )
         assert result.returncode == 0, result.stderr
+        (tmp_path / run.CHECKPOINT).unlink()
         trained[steps], other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
         assert all(torch.equal(trained[steps][name], other[name]) for name in other)
     options = run.parse_options([*map(str, arguments), "--train-steps", "1"])
@@ -2366,13 +2375,19 @@ def test_two_processes_train_as_one_that_averages_their_gradients(tmp_path):
         editor.zero_grad()
     for parameter, first, second in zip(editor.parameters(), *gradients, strict=True):
         parameter.grad = (first + second) / 2
-    torch.nn.utils.clip_grad_norm_(editor.parameters(), 1.0)
+    run.cut_gradients(editor)
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] *= run.rate_factor(0, 1, small=True)
         optimizer.step()
     for name, value in editor.state_dict().items():
         assert torch.allclose(value, trained[1][name], atol=1e-5), name
     assert any(not torch.equal(trained[4][name], trained[1][name]) for name in trained[1])
+
+    (tmp_path / "second").replace(tmp_path / run.CHECKPOINT)
+    line = torchrun(tmp_path / "worker.py", *arguments, "--train-steps", 4, "--resume")
+    subprocess.run(line, check=True, capture_output=True, cwd=HERE, env=environment, timeout=200)
+    resumed = torch.load(tmp_path / "1.pt")
+    assert all(torch.equal(resumed[name], trained[4][name]) for name in resumed)
 
 
 def test_two_processes_report_what_one_does(small_run, tmp_path):
