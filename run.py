@@ -69,7 +69,7 @@ PAPER_CUT = 10_000  # step at which the paper's learning rate falls to a tenth
 SMALL = {"train_steps": 1000, "train_samples": 14_000, "batch_size": 32, "learning_rate": 1.5e-3}
 SMALL_WIDTH = 1024
 # Hidden numbers per token and edit of a small model's training step: the wider the model, the fewer
-# edits, down to the paper's batch. Steps then take about as long.
+# edits, down to the paper's batch, and samples in proportion. Steps then take about as long.
 STEP_WIDTH = 2**13
 # A small decoder cannot spell a word from its beginning, so the expert does it: one rank for each
 # token of an answer. Where layers are few, most of them must lie above to make a word of it.
@@ -214,7 +214,8 @@ def training_defaults(width: int) -> dict:
     if width >= SMALL_WIDTH:
         return PAPER
     batch_size = max(PAPER["batch_size"], min(SMALL["batch_size"], STEP_WIDTH // width))
-    return SMALL | {"batch_size": batch_size}
+    samples = SMALL["train_samples"] * batch_size // SMALL["batch_size"]
+    return SMALL | {"batch_size": batch_size, "train_samples": samples}
 
 
 def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], list[EditSample]]:

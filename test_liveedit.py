@@ -2274,7 +2274,7 @@ def test_a_dry_run_says_what_it_found_and_loads_nothing(tmp_path, capsys):
 def test_settings_follow_from_the_size_of_the_model():
     assert run.training_defaults(128) == run.SMALL
     assert run.training_defaults(1024) == run.training_defaults(4096) == run.PAPER
-    assert run.training_defaults(576) == run.SMALL | {"batch_size": 14}
+    assert run.training_defaults(576) == run.SMALL | {"batch_size": 14, "train_samples": 6125}
     assert run.training_defaults(1023)["batch_size"] == run.PAPER["batch_size"]
     options = run.parse_options([])
     for width, depth, layer, rank in ((128, 6, 2, 12), (576, 30, None, 12), (4096, 32, None, 4)):
