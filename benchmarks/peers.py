@@ -254,7 +254,7 @@ class FineTunedOnAll(FineTuned):
     grid = [
         {"rate": rate, "steps": steps, "layer": layer}
         for layer in (2, 4)
-        for rate, steps in ((1e-3, 10), (1e-3, 40), (3e-3, 10), (3e-3, 40))
+        for rate, steps in ((3e-3, 40), (1e-2, 10), (1e-2, 40), (3e-2, 40))
     ]
 
     def __init__(self, editor, rate: float, steps: int, layer: int = 0):
