@@ -1,6 +1,6 @@
 """Edit thousands of facts, and ask the same questions about the first of them again and again.
 
-    python benchmarks/scale.py --editor tiny-llava/editor    five minutes on 2 CPU cores
+    python benchmarks/scale.py --editor tiny-llava/editor    two minutes on one thread
     python benchmarks/scale.py --table FILE
 
 The held-out scenes have room for about 1,250 edits, so the world is drawn in twice as many colors,
