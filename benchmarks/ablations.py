@@ -26,6 +26,7 @@ from benchmarks.common import (
     ask_before,
     edit_and_judge,
     open_results,
+    options_of,
     table,
     trained_editor,
 )
@@ -163,14 +164,10 @@ def markdown(results: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny-llava")
-    parser.add_argument("--editor", type=Path, default=ROOT / "output" / "editor")
+    parser = options_of(__doc__, "ablations.json")
     parser.add_argument("--edits", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-batch-size", type=int, default=128)
-    parser.add_argument("--out", type=Path, default=ROOT / "output" / "ablations.json")
-    parser.add_argument("--table", type=Path, help="print the table of these results only")
     given = parser.parse_args()
     if given.edits < 5:
         parser.error("--edits must be at least 5: a fifth of them are edited again")

@@ -1,5 +1,6 @@
-"""What benchmarks share: a trained editor, the questions of a stream, results and tables."""
+"""What benchmarks share: options, a trained editor, questions of a stream, results and tables."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,19 @@ COLUMNS = {
     "reliability": "Rel", "text_generality": "T-Gen", "modal_generality": "M-Gen",
     "modal_locality": "M-Loc", "same_image": "Same img", "similar_image": "Similar",
 }  # fmt: skip
+
+
+def options_of(description: str, results: str) -> argparse.ArgumentParser:
+    """Make a parser with the options that most benchmarks have.
+
+    description: the script's docstring; results: name of its file in output/.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--model", default="tiny-llava")
+    parser.add_argument("--editor", type=Path, default=ROOT / "output" / "editor")
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / results)
+    parser.add_argument("--table", type=Path, help="print the table of these results only")
+    return parser
 
 
 def trained_editor(model, processor, folder: Path, **changes) -> LiveEdit:

@@ -11,7 +11,6 @@ stream itself, and are kept in the results with all that were tried (another num
 favor others; 0 takes the first of the grid). LiveEdit is one editor that was trained before.
 """
 
-import argparse
 import importlib.util
 import json
 import random
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.common import open_results, table, trained_editor
+from benchmarks.common import open_results, options_of, table, trained_editor
 from data import COLORS, SHAPES, Query, drawn_samples, drawn_stream, split_scenes
 from liveedit import LiveEdit, LiveEditConfig, find_decoder_layers, hidden_of, with_hidden
 from router import IGNORE
@@ -194,8 +193,8 @@ class InContext(Lookup):
 class FineTuned(Unedited):
     """FT-L: Adam on one layer's down-projection, edit after edit, some steps each."""
 
-    name, needs = "FT-L", "rate, steps"
-    grid = [
+    name, needs = "FT-L", "rate, steps, a layer"
+    grid = [  # layers of the tiny LLaVA's six
         {"rate": rate, "steps": steps, "layer": layer}
         for layer in (2, 4)
         for rate, steps in ((3e-4, 5), (3e-4, 20), (1e-3, 5), (1e-3, 20))
@@ -250,7 +249,7 @@ class FineTuned(Unedited):
 class FineTunedOnAll(FineTuned):
     """FT-BF: the same weights, epochs (`steps`) of mini-batches over all edits so far."""
 
-    name = "FT-BF"
+    name, needs = "FT-BF", "rate, epochs, a layer"
     grid = [
         {"rate": rate, "steps": steps, "layer": layer}
         for layer in (2, 4)
@@ -277,7 +276,7 @@ class FineTunedOnAll(FineTuned):
 class Adapter(FineTunedOnAll):
     """LoRA-FT: one adapter on all attention and MLP matrices, of an expert's rank."""
 
-    name = "LoRA-FT"
+    name, needs = "LoRA-FT", "rate, epochs"
     grid = [
         {"rate": rate, "steps": steps} for rate in (3e-4, 1e-3, 3e-3, 1e-2) for steps in (10, 40)
     ]
@@ -551,15 +550,11 @@ def report(results: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny-llava")
-    parser.add_argument("--editor", type=Path, default=ROOT / "output" / "editor")
+    parser = options_of(__doc__, "peers.json")
     parser.add_argument("--edits", type=int, default=500)
     parser.add_argument("--tuning-edits", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=[kind.name for kind in METHODS])
-    parser.add_argument("--out", type=Path, default=ROOT / "output" / "peers.json")
-    parser.add_argument("--table", type=Path, help="print the table of these results only")
     given = parser.parse_args()
     if given.table:
         print(report(json.loads(given.table.read_text())))

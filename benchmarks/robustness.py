@@ -10,7 +10,6 @@ picture as it is. Then three of the four questions
 about each picture are edited, in two orders; the fourth must stay. Writes robustness.json.
 """
 
-import argparse
 import io
 import json
 import random
@@ -25,7 +24,7 @@ from PIL import Image, ImageFilter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.common import open_results, table, trained_editor
+from benchmarks.common import open_results, options_of, table, trained_editor
 from data import (
     FAMILIES,
     HELD_OUT,
@@ -168,13 +167,9 @@ def one_picture_many_edits(editor: LiveEdit, pictures: int, seed: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny-llava")
-    parser.add_argument("--editor", type=Path, default=ROOT / "output" / "editor")
+    parser = options_of(__doc__, "robustness.json")
     parser.add_argument("--edits", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "output" / "robustness.json")
-    parser.add_argument("--table", type=Path, help="print the table of these results only")
     given = parser.parse_args()
     if given.table:
         print(markdown(json.loads(given.table.read_text())))

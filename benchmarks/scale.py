@@ -8,7 +8,6 @@ of which model and editor have never seen half. A bigger world is a thinner one,
 the share of Similar queries whose scene is itself edited. Writes scale.json.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
-from benchmarks.common import COLUMNS, ask_before, open_results, table, trained_editor
+from benchmarks.common import COLUMNS, ask_before, open_results, options_of, table, trained_editor
 from data import EditSample, Scene, drawn_samples, split_scenes
 from run import ask_all, judge, load_model, longest_answer, percent, question, report_row
 
@@ -53,14 +52,10 @@ def crowded(asked: list[EditSample], edited: list[EditSample]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="tiny-llava")
-    parser.add_argument("--editor", type=Path, default=ROOT / "output" / "editor")
+    parser = options_of(__doc__, "scale.json")
     parser.add_argument("--edits", type=int, nargs="+", default=[200, 1000, 2500, 5000])
     parser.add_argument("--asked", type=int, default=200, help="edits that are asked about")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "output" / "scale.json")
-    parser.add_argument("--table", type=Path, help="print the table of these results only")
     given = parser.parse_args()
     if given.table:
         print(markdown(json.loads(given.table.read_text())))

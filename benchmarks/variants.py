@@ -72,7 +72,7 @@ WORLDS = {
 class Variant(NamedTuple):
     """How a training differs from the others."""
 
-    options: list[str] = []  # of run.py
+    options: tuple[str, ...] = ()  # of run.py
     loss: str | None = None  # one of LOSSES that is left out
     world: str | None = None  # one of WORLDS that is left out
 
@@ -149,10 +149,10 @@ def markdown(results: dict) -> str:
 def chosen_variants(given: argparse.Namespace) -> dict[str, Variant]:
     """Name the variants that the command line asks for; the first is the method as it is."""
     variants = {"as it is": Variant()}
-    variants |= {f"rank {rank}": Variant(["--rank", str(rank)]) for rank in given.ranks}
-    variants |= {f"layer {layer}": Variant(["--layer", str(layer)]) for layer in given.layers}
+    variants |= {f"rank {rank}": Variant(("--rank", str(rank))) for rank in given.ranks}
+    variants |= {f"layer {layer}": Variant(("--layer", str(layer))) for layer in given.layers}
     if given.parts:
-        variants["dot products, not cosines"] = Variant(["--similarity", "dot"])
+        variants["dot products, not cosines"] = Variant(("--similarity", "dot"))
         variants |= {f"without the loss {name}": Variant(loss=name) for name in LOSSES}
     if given.transfer:
         variants |= {f"trained without {name}": Variant(world=name) for name in WORLDS}
