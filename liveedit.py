@@ -829,13 +829,20 @@ class LiveEdit(nn.Module):
         standardise(self.norm, used)
 
     def training_losses(
-        self, states: States, role: Tensor, owner: Tensor, text_locality: Rows | None = None
+        self,
+        states: States,
+        role: Tensor,
+        owner: Tensor,
+        text_locality: Rows | None = None,
+        experts: int | None = None,
     ) -> dict[str, Tensor]:
         """Compute all losses of one batch of B >= 2 edits; "total" is their sum, every weight 1.
 
         states: n rows with images. role (n,): one of EDIT, GENERALITY, LOCALITY, HARD_LOCALITY.
         owner (n,): the row's edit, 0 to B-1; the B rows of role EDIT stand in this order.
         text_locality: prompt rows of text-only questions, for Eq. (16).
+        experts: of how many edits, the first of the batch, experts are made and asked (default all).
+        The routing losses pass no layer of the model, so they can compare more edits than these.
         """
         if len(self.experts) and torch.is_grad_enabled():
             raise RuntimeError("edits belong to the networks as they are: reset() before training")
@@ -850,16 +857,20 @@ class LiveEdit(nn.Module):
         prompt, image = Rows.gather(hidden, masks.prompt), Rows.gather(hidden, masks.image)
         in_scope = (role == EDIT) | (role == GENERALITY)
 
-        used = (masks.image | masks.prompt | masks.answer)[edits]
-        answer = masks.answer[edits]
-        embedded = self._embedded(states.labels[edits][answer])
-        U, V = self.generator(hidden[edits], used, answer, embedded)
         text_keys = self.router.text_key(prompt)
         features = self.router.features(prompt, image)
-        scores = text_similarity(features.text, text_keys[edits])
-        weights = soft_weights(scores, random_subsets(owner, role, batch))
-        edited = hidden + apply_experts(self.norm(hidden), U, V, weights)
-        losses = self._editing_losses(edited, states, in_scope, role, batch)
+        experts = min(experts or batch, batch)
+        made, asked = edits[:experts], (owner < experts).nonzero().flatten()
+        used = (masks.image | masks.prompt | masks.answer)[made]
+        answer = masks.answer[made]
+        embedded = self._embedded(states.labels[made][answer])
+        U, V = self.generator(hidden[made], used, answer, embedded)
+        scores = text_similarity(features.text[asked], text_keys[made])
+        weights = soft_weights(scores, random_subsets(owner[asked], role[asked], experts))
+        edited = hidden[asked] + apply_experts(self.norm(hidden[asked]), U, V, weights)
+        losses = self._editing_losses(
+            edited, states.select(asked), in_scope[asked], role[asked], experts
+        )
 
         # Eq. (12-16): one random pick of {edit, generality} goes through the edit side.
         # Differs from the paper: all of them go through the input side, they are there anyway.

@@ -63,13 +63,25 @@ ROLES = {
 }
 # How an editor is trained where the command line does not say otherwise: models of 7B as in the
 # paper, with Adam; small ones (hidden size below SMALL_WIDTH) with Muon, on many edits a step.
-PAPER = {"train_steps": 40_000, "train_samples": 20_000, "batch_size": 8, "learning_rate": 1e-4}
+PAPER = {
+    "train_steps": 40_000,
+    "train_samples": 20_000,
+    "batch_size": 8,
+    "expert_batch_size": 8,
+    "learning_rate": 1e-4,
+}
 PAPER_CUT = 10_000  # step at which the paper's learning rate falls to a tenth
-# At twice this learning rate experts stop to act where the first token is said: their gates die.
-SMALL = {"train_steps": 1000, "train_samples": 14_000, "batch_size": 32, "learning_rate": 1.5e-3}
+SMALL = {
+    "train_steps": 1000,
+    "train_samples": 14_000,
+    "batch_size": 64,
+    "expert_batch_size": 32,
+    # At twice this rate experts stop to act where the first token is said: their gates die.
+    "learning_rate": 1.5e-3,
+}
 SMALL_WIDTH = 1024
-# Hidden numbers per token and edit of a small model's training step: the wider the model, the fewer
-# edits, down to the paper's batch, and samples in proportion. Steps then take about as long.
+# Hidden numbers per token of the experts of a small model's training step: the wider the model, the
+# fewer experts, down to the paper's, and samples in proportion. Steps then take about as long.
 STEP_WIDTH = 2**13
 # A small decoder cannot spell a word from its beginning, so the expert does it: one rank for each
 # token of an answer. Where layers are few, most of them must lie above to make a word of it.
@@ -112,6 +124,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     training("--train-steps", type=int)
     training("--train-samples", type=int, help="of the drawn world")
     training("--batch-size", type=int, help="edits per training step, and process")
+    training("--expert-batch-size", type=int, help="of these, edits whose experts are asked")
     training("--learning-rate", type=float)
     training("--resume", action="store_true", help="continue an interrupted training in --out")
     machine = parser.add_argument_group("the machine").add_argument
@@ -128,7 +141,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def wrong_options(options: argparse.Namespace) -> str | None:
     """Say what is wrong with the options, if anything."""
     least = {"edits": 1, "rank": 1, "train_steps": 1, "train_samples": 2, "batch_size": 2}
-    for name, smallest in (least | {"eval_batch_size": 1, "learning_rate": 1e-12}).items():
+    least |= {"expert_batch_size": 1, "eval_batch_size": 1, "learning_rate": 1e-12}
+    for name, smallest in least.items():
         value = getattr(options, name)
         if value is not None and not value >= smallest:
             return f"--{name.replace('_', '-')} must be at least {smallest}, not {value}"
@@ -213,9 +227,10 @@ def training_defaults(width: int) -> dict:
     """Choose how to train an editor by the hidden size of its model."""
     if width >= SMALL_WIDTH:
         return PAPER
-    batch_size = max(PAPER["batch_size"], min(SMALL["batch_size"], STEP_WIDTH // width))
-    samples = SMALL["train_samples"] * batch_size // SMALL["batch_size"]
-    return SMALL | {"batch_size": batch_size, "train_samples": samples}
+    most, least = SMALL["expert_batch_size"], PAPER["expert_batch_size"]
+    experts = max(least, min(most, STEP_WIDTH // width))
+    samples = SMALL["train_samples"] * experts // most
+    return SMALL | {"expert_batch_size": experts, "train_samples": samples}
 
 
 def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], list[EditSample]]:
@@ -238,6 +253,7 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
         for rank in range(PROCESSES):
             own = samples[rank::PROCESSES]
             next(data.consistent_batches(own, options.batch_size, random.Random(0)))
+        options.expert_batch_size = min(options.expert_batch_size, options.batch_size)
     size = sum(parameter.numel() for parameter in empty.parameters()) / 1e6
     print(f"{type(empty).__name__} {name}: {size:.1f} M parameters, edit layer {layer}")
     sizes = f"width {config.module_dim}, rank {config.rank}, gain {config.gain:.2f}"
@@ -455,7 +471,9 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
             for optimizer, rate in zip(optimizers, rates, strict=True):
                 factor = rate_factor(step, options.train_steps, small)
                 optimizer.param_groups[0]["lr"] = rate * factor
-            losses = editor.training_losses(*training_set.batch(next(batches)))
+            losses = editor.training_losses(
+                *training_set.batch(next(batches)), experts=options.expert_batch_size
+            )
             editor.zero_grad()
             losses["total"].backward()
             average_gradients(list(editor.parameters()))
@@ -477,6 +495,7 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
     return {
         "steps": options.train_steps,
         "batch_size": options.batch_size,
+        "expert_batch_size": options.expert_batch_size,
         "processes": PROCESSES,
         "samples": len(samples),  # of this process
         "seconds": progress["seconds"],

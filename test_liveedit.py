@@ -1147,6 +1147,19 @@ def test_editing_losses_are_the_models_own_and_a_kl_divergence(base):
     assert noisy["locality"].item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_experts_of_the_first_edits_train_as_alone_while_all_edits_train_the_router(base):
+    editor, losses = strong_editor(*base), []
+    states, role, owner, texts = training_batch(editor)
+    first = (owner < 2).nonzero().flatten()
+    alone = (states.select(first), role[first], owner[first], texts)
+    for batch, experts in ((alone, None), ((states, role, owner, texts), 2)):
+        torch.manual_seed(3)
+        losses.append(editor.training_losses(*batch, experts=experts))
+    for name in ("reliability", "generality", "locality"):
+        assert losses[1][name].item() == pytest.approx(losses[0][name].item(), rel=1e-4), name
+    assert losses[1]["filter"] > losses[0]["filter"] + 0.01
+
+
 def test_what_cannot_be_trained_is_refused(base):
     editor = strong_editor(*base)
     states = editor.capture([*questions(2), *questions(2)])
@@ -2233,7 +2246,8 @@ def test_results_are_kept_where_the_edits_cannot_be_saved(small_run, tmp_path, m
 def test_every_other_option_reaches_the_editor(tmp_path):
     given = {"similarity": "dot", "threshold": 0.5, "layer": 5, "rank": 2}
     options = [word for name, value in given.items() for word in (f"--{name}", value)]
-    options += ["--train-steps", 3, "--batch-size", 4, "--eval-batch-size", 7, "--blend"]
+    options += ["--train-steps", 3, "--batch-size", 4, "--expert-batch-size", 3]
+    options += ["--eval-batch-size", 7, "--blend"]
     options += ["--dtype", "float16", "--device", "cpu", "--seed", 3, "--out", tmp_path]
     result = command(*FEW, *options)
     assert result.returncode == 0, result.stderr
@@ -2241,7 +2255,8 @@ def test_every_other_option_reaches_the_editor(tmp_path):
     metrics = metrics_of(tmp_path)
     assert {name: metrics["config"][name] for name in given} == given
     assert not metrics["config"]["newest_wins"] and metrics["seed"] == 3
-    assert metrics["training"]["samples"] == 20 and metrics["training"]["batch_size"] == 4
+    training = metrics["training"]
+    assert (training["samples"], training["batch_size"], training["expert_batch_size"]) == (20, 4, 3)
 
 
 def test_the_main_job_runs_on_benchmark_files(tmp_path):
@@ -2274,8 +2289,9 @@ def test_a_dry_run_says_what_it_found_and_loads_nothing(tmp_path, capsys):
 def test_settings_follow_from_the_size_of_the_model():
     assert run.training_defaults(128) == run.SMALL
     assert run.training_defaults(1024) == run.training_defaults(4096) == run.PAPER
-    assert run.training_defaults(576) == run.SMALL | {"batch_size": 14, "train_samples": 6125}
-    assert run.training_defaults(1023)["batch_size"] == run.PAPER["batch_size"]
+    real = {"expert_batch_size": 14, "train_samples": 6125}
+    assert run.training_defaults(576) == run.SMALL | real
+    assert run.training_defaults(1023)["expert_batch_size"] == run.PAPER["expert_batch_size"]
     options = run.parse_options([])
     for width, depth, layer, rank in ((128, 6, 2, 12), (576, 30, None, 12), (4096, 32, None, 4)):
         text = SimpleNamespace(hidden_size=width, num_hidden_layers=depth)

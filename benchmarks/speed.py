@@ -140,7 +140,7 @@ def main() -> None:
     for count in given.edits:
         found["question"].append(cost_of_a_question(editor, bare, asked, count))
         print(found["question"][-1], flush=True)
-    batch_size = training_defaults(editor.norm.weight.numel())["batch_size"]
+    batch_size = training_defaults(editor.norm.weight.numel())["expert_batch_size"]
     found["training"] = training_speed(editor, batch_size)
     print(found["training"])
     given.out.parent.mkdir(parents=True, exist_ok=True)
