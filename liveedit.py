@@ -841,8 +841,8 @@ class LiveEdit(nn.Module):
         states: n rows with images. role (n,): one of EDIT, GENERALITY, LOCALITY, HARD_LOCALITY.
         owner (n,): the row's edit, 0 to B-1; the B rows of role EDIT stand in this order.
         text_locality: prompt rows of text-only questions, for Eq. (16).
-        experts: of how many edits, the first of the batch, experts are made and asked (default all).
-        The routing losses pass no layer of the model, so they can compare more edits than these.
+        experts: of so many edits, the first ones, experts are made and asked (default all). The
+        routing losses pass no layer of the model, so they can compare more edits than these.
         """
         if len(self.experts) and torch.is_grad_enabled():
             raise RuntimeError("edits belong to the networks as they are: reset() before training")
