@@ -77,7 +77,7 @@ def tradeoff(methods: dict, file: Path) -> None:
     panel.set(xlabel="hard locality: mean of Same img and Similar, %", xlim=(-3, 103))
     panel.set(ylabel="generality: mean of T-Gen and M-Gen, %", ylim=(-3, 103))
     panel.grid(alpha=0.3)
-    panel.legend(loc="lower left")
+    panel.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.savefig(file, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
