@@ -100,7 +100,9 @@ def measure(arguments: list[str], variant: Variant) -> dict:
         if variant.world:
             left_out = WORLDS[variant.world][0]
             samples = [sample for sample in samples if not left_out(sample)]
-        trained = train(editor, samples[:count], options)
+        samples = samples[:count]
+        options.batch_size = min(options.batch_size, len(samples))
+        trained = train(editor, samples, options)
     batch_size = options.eval_batch_size
     before = ask_before(editor, stream, batch_size)
     judged = edit_and_judge(editor, stream, before, batch_size)
