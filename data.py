@@ -522,7 +522,8 @@ def consistent_batches(samples: list[EditSample], size: int, rng) -> Iterator[li
                 queue += rng.sample(range(len(samples)), len(samples))
         if len(batch) < size:
             raise ValueError(
-                f"the {len(samples)} samples contradict one another in each batch of {size}"
+                f"the {len(samples)} samples contradict one another in each batch of {size}; take "
+                "smaller batches"
             )
         queue = skipped + queue
         yield batch
