@@ -834,15 +834,16 @@ class LiveEdit(nn.Module):
         role: Tensor,
         owner: Tensor,
         text_locality: Rows | None = None,
-        experts: int | None = None,
+        expert_batch_size: int | None = None,
     ) -> dict[str, Tensor]:
         """Compute all losses of one batch of B >= 2 edits; "total" is their sum, every weight 1.
 
         states: n rows with images. role (n,): one of EDIT, GENERALITY, LOCALITY, HARD_LOCALITY.
         owner (n,): the row's edit, 0 to B-1; the B rows of role EDIT stand in this order.
         text_locality: prompt rows of text-only questions, for Eq. (16).
-        experts: of so many edits, the first ones, experts are made and asked (default all). The
+        expert_batch_size: of so many edits, the first ones, experts are made (default all). The
         routing losses pass no layer of the model, so they can compare more edits than these.
+        Raises ValueError for a batch that cannot be trained.
         """
         if len(self.experts) and torch.is_grad_enabled():
             raise RuntimeError("edits belong to the networks as they are: reset() before training")
@@ -851,6 +852,9 @@ class LiveEdit(nn.Module):
         if batch < 2 or not torch.equal(owner[edits], torch.arange(batch, device=owner.device)):
             reason = "Eq. 15 takes another edit as negative"
             raise ValueError(f"a batch needs two edits or more, in the order of owner: {reason}")
+        experts = batch if expert_batch_size is None else min(expert_batch_size, batch)
+        if experts < 1:
+            raise ValueError(f"expert_batch_size must be at least 1, not {expert_batch_size}")
         hidden, masks = states.hidden.float(), states.masks
         if not masks.image.any(1).all():
             raise ValueError("a row without an image is never edited; leave it out of the batch")
@@ -859,17 +863,17 @@ class LiveEdit(nn.Module):
 
         text_keys = self.router.text_key(prompt)
         features = self.router.features(prompt, image)
-        experts = min(experts or batch, batch)
-        made, asked = edits[:experts], (owner < experts).nonzero().flatten()
+        # The edits that experts are made of, and the rows that these are mixed into.
+        made, mixed = edits[:experts], (owner < experts).nonzero().flatten()
         used = (masks.image | masks.prompt | masks.answer)[made]
         answer = masks.answer[made]
         embedded = self._embedded(states.labels[made][answer])
         U, V = self.generator(hidden[made], used, answer, embedded)
-        scores = text_similarity(features.text[asked], text_keys[made])
-        weights = soft_weights(scores, random_subsets(owner[asked], role[asked], experts))
-        edited = hidden[asked] + apply_experts(self.norm(hidden[asked]), U, V, weights)
+        scores = text_similarity(features.text[mixed], text_keys[made])
+        weights = soft_weights(scores, random_subsets(owner[mixed], role[mixed], experts))
+        edited = hidden[mixed] + apply_experts(self.norm(hidden[mixed]), U, V, weights)
         losses = self._editing_losses(
-            edited, states.select(asked), in_scope[asked], role[asked], experts
+            edited, states.select(mixed), in_scope[mixed], role[mixed], experts
         )
 
         # Eq. (12-16): one random pick of {edit, generality} goes through the edit side.

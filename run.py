@@ -124,7 +124,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     training("--train-steps", type=int)
     training("--train-samples", type=int, help="of the drawn world")
     training("--batch-size", type=int, help="edits per training step, and process")
-    training("--expert-batch-size", type=int, help="of these, edits whose experts are asked")
+    training("--expert-batch-size", type=int, help="of these, edits that experts are made of")
     training("--learning-rate", type=float)
     training("--resume", action="store_true", help="continue an interrupted training in --out")
     machine = parser.add_argument_group("the machine").add_argument
@@ -243,10 +243,13 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
         empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
     config, width = config_for(empty, options), empty.config.get_text_config().hidden_size
     layer = LiveEdit(empty, None, config).config.layer  # raises if it cannot be edited there
-    defaults = training_defaults(width)
+    defaults, experts = training_defaults(width), options.expert_batch_size
     for key, value in (defaults | {"eval_batch_size": max(4, 2**14 // width)}).items():
         if getattr(options, key) is None:
             setattr(options, key, value)
+    if experts and experts > options.batch_size:
+        batch = options.batch_size
+        raise ValueError(f"--expert-batch-size {experts} is more than a batch of {batch}")
     samples, stream = load_samples(options)
     if samples:
         options.batch_size = min(options.batch_size, len(samples) // PROCESSES)
@@ -472,7 +475,7 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
                 factor = rate_factor(step, options.train_steps, small)
                 optimizer.param_groups[0]["lr"] = rate * factor
             losses = editor.training_losses(
-                *training_set.batch(next(batches)), experts=options.expert_batch_size
+                *training_set.batch(next(batches)), expert_batch_size=options.expert_batch_size
             )
             editor.zero_grad()
             losses["total"].backward()

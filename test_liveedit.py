@@ -1154,7 +1154,7 @@ def test_experts_of_the_first_edits_train_as_alone_while_all_edits_train_the_rou
     alone = (states.select(first), role[first], owner[first], texts)
     for batch, experts in ((alone, None), ((states, role, owner, texts), 2)):
         torch.manual_seed(3)
-        losses.append(editor.training_losses(*batch, experts=experts))
+        losses.append(editor.training_losses(*batch, expert_batch_size=experts))
     for name in ("reliability", "generality", "locality"):
         assert losses[1][name].item() == pytest.approx(losses[0][name].item(), rel=1e-4), name
     assert losses[1]["filter"] > losses[0]["filter"] + 0.01
@@ -1174,6 +1174,8 @@ def test_what_cannot_be_trained_is_refused(base):
     for message, *arguments in refused:
         with pytest.raises(ValueError, match=message):
             editor.training_losses(*arguments)
+    with pytest.raises(ValueError, match="expert_batch_size"):
+        editor.training_losses(states, roles, owner, expert_batch_size=0)
     editor.edit_many(questions(1))
     with pytest.raises(RuntimeError, match="reset"):
         editor.training_losses(states, roles, owner)
@@ -1734,7 +1736,8 @@ MODES = ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16")
 SIZES = ((1, 1), (1, 90), (90, 1), (700, 500))
 TOKENS, HUGE = ("<image>", "a<image>b"), ("What? " * 9000, "?" * 30000)
 FOLDER = ("an empty folder",)
-ODD_TEXTS = ("\0", "?", "</s>", "🙂", "مرحبا", "漢字", "e\u0301\u200b", "a\nb", "What? " * 60)
+ODD_TEXTS = ("\0", "?", "</s>", "🙂", "مرحبا", "漢字", "e\u0301\u200b", "a\nb")
+ODD_TEXTS += ("What? " * 60,)
 
 
 def half_file(form: str) -> Image.Image:
@@ -2145,6 +2148,7 @@ WRONG = [
     (["--editor", "/no/such/folder"], "no saved editor"),
     (["--edits", "5000"], "lack room"),
     (["--layer", "9", *FEW], "0 to 5"),
+    (["--expert-batch-size", "65", *FEW], "more than a batch of 64"),
     (["--out", "README.md", *FEW], "README.md"),
     ([*FEW, "--learning-rate", "1e30", "--batch-size", "4", "--out"], "lower --learning-rate"),
 ]
