@@ -55,6 +55,9 @@ EDIT, GENERALITY, LOCALITY, HARD_LOCALITY = range(4)  # roles of the rows of a t
 # In float16 most gradients at the edit layer would vanish: layers above get them so much larger.
 HALF_PRECISION_SCALE = 1024.0
 CACHES = ("cache", "past_key_values", "layer_past")  # names of the KV cache, the newest first
+# Arguments of a call of the model that do not fit the last question of a chat alone.
+OF_WHOLE_CHATS = {"position_ids", "cache_position", "use_cache", "logits_to_keep", "return_dict"}
+OF_WHOLE_CHATS |= {"output_hidden_states", "output_attentions", *CACHES}
 CONFIG_FILE = "liveedit_config.json"
 NETWORKS_FILE = "networks.safetensors"
 EXPERTS_FILE = "experts.safetensors"
@@ -625,7 +628,7 @@ class LiveEdit(nn.Module):
         if ids is None:
             remedy = "pass input_ids too, or use `with editor.disabled():`"
             raise ValueError(f"embeddings alone do not tell where image and prompt are; {remedy}")
-        masks = self._masks(call).on(hidden.device)
+        masks = self._masks(call)
         rows = masks.image.any(1).nonzero().flatten()
         if not len(rows):
             return Route(has_image=False)
@@ -634,8 +637,13 @@ class LiveEdit(nn.Module):
         kept = call.get("logits_to_keep")
         if first_of(call, *CACHES) is not None and isinstance(kept, int) and kept > 1:
             raise RuntimeError("assisted decoding puts guesses behind the prompt: decode without")
+        asked, alone = hidden, self._asked_alone(call)
+        if alone is not call:
+            with self.disabled():
+                asked = self.frozen.record(alone, above=False, to_the_end=False)[0][0]
+            masks = self._masks(alone)
         with plain_mode(hidden.device), self._lock:
-            routing = self._routing(hidden, masks, rows)
+            routing = self._routing(asked, masks.on(hidden.device), rows)
             used = routing.weights.any(0)
             experts = routing.experts[used]
             if not len(experts):
@@ -670,7 +678,8 @@ class LiveEdit(nn.Module):
     def _has_image(self, ids: Tensor) -> bool:
         return bool((ids == self.model.config.image_token_id).any())
 
-    def _masks(self, inputs: dict) -> RowMasks:
+    def _per_token(self, inputs: dict) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Give input_ids, attention mask and labels, each (B, T)."""
         ids, mask, labels = (inputs.get(k) for k in ("input_ids", "attention_mask", "labels"))
         if isinstance(mask, dict):  # one for each kind of layer
             mask = first_of(mask, *mask)
@@ -683,23 +692,53 @@ class LiveEdit(nn.Module):
             if len(labels) != len(ids) or labels.shape[1] > ids.shape[1]:
                 raise ValueError(f"labels are {tuple(labels.shape)}, input_ids {tuple(ids.shape)}")
             labels = F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)
+        return ids, mask, labels
+
+    def _masks(self, inputs: dict) -> RowMasks:
+        ids, mask, labels = self._per_token(inputs)
         special = torch.tensor(self._special_ids, device=ids.device)
         masks = row_masks(ids, mask, labels, self.model.config.image_token_id, special)
-        return masks._replace(prompt=self._last_question(ids, masks.prompt))
+        return masks._replace(prompt=masks.prompt & self._last_turn(ids))
 
-    def _last_question(self, ids: Tensor, prompt: Tensor) -> Tensor:
-        """Leave of the prompt rows (B, T) those of the last question, in a chat of several turns.
-
-        Differs from the paper, whose prompts are single questions.
-        """
+    def _last_turn(self, ids: Tensor) -> Tensor:
+        """Find the last question of a chat of several turns, and what follows: (B, T) bool."""
         opening = self._encoder.turn_opening if self._encoder else []
         n = len(opening)
         if not 0 < n <= ids.shape[1]:
-            return prompt
+            return torch.ones_like(ids, dtype=torch.bool)
         opens = (ids.unfold(1, n, 1) == torch.tensor(opening, device=ids.device)).all(-1)
         left = opens.flip(1).cumsum(1).flip(1)  # turns that open here or later
         left = torch.cat([left[:, :1].expand(-1, n - 1), left], dim=1)  # or end here
-        return prompt & (left == 0)
+        return left == 0
+
+    def _asked_alone(self, inputs: dict) -> dict:
+        """Leave out what a chat says between its picture and its last question.
+
+        Differs from the paper, whose prompts are single questions: the last one of a chat is routed
+        as if it were the first. Returns the inputs themselves where nothing is left out.
+        """
+        ids, mask, labels = self._per_token(inputs)
+        earlier = ~self._last_turn(ids)
+        pictures = earlier & (ids == self.model.config.image_token_id)
+        to_come = pictures.flip(1).cumsum(1).flip(1)
+        said = earlier & (to_come == 0) & pictures.any(1, keepdim=True)
+        if said.any():  # the template puts something between a picture and a question: it stays
+            said &= said.cumsum(1) > self._encoder.picture_closing
+        if not said.any():
+            return inputs
+        asked = ~said if mask is None else ~said & mask.bool()
+        order = torch.argsort((~asked).to(torch.uint8), dim=1, stable=True)
+        order = order[:, : int(asked.sum(1).max())]
+        alone = {} if labels is None else {"labels": labels.gather(1, order)}
+        alone["attention_mask"] = asked.gather(1, order).long()
+        for key, value in inputs.items():
+            if key in OF_WHOLE_CHATS or key in alone:
+                continue
+            if isinstance(value, Tensor) and value.shape[:2] == ids.shape:
+                index = order.reshape(order.shape + (1,) * (value.dim() - 2))
+                value = value.gather(1, index.expand(order.shape + value.shape[2:]))
+            alone[key] = value
+        return alone
 
     @cached_property
     def _special_ids(self) -> list[int]:
@@ -792,6 +831,7 @@ class LiveEdit(nn.Module):
         self._check_inputs(inputs, "input_ids", "labels")
         if not self._handles:
             raise RuntimeError("this editor is detached; call attach() first")
+        inputs = self._asked_alone(inputs)
         masks, compare = self._masks(inputs), above and not self._replay_checked
         with self.disabled():
             hidden, calls, logits = self.frozen.record(inputs, above, to_the_end=compare)
@@ -1234,6 +1274,17 @@ class PromptEncoder:
                 if between and "'type'" not in text:
                     return self.tokenizer(between, add_special_tokens=False).input_ids
         return []
+
+    @cached_property
+    def picture_closing(self) -> int:
+        """How many tokens template and processor put between a picture and its question."""
+        picture = Image.new("RGB", (64, 64))
+        one, other = self([picture] * 2, ["first", "third"], None)["input_ids"].tolist()
+        last = max(i for i, token in enumerate(one) if token == self.image_token_id)
+        closing = 0
+        while one[last + 1 + closing] == other[last + 1 + closing]:
+            closing += 1
+        return closing
 
     @cached_property
     def _processor_places_image_token(self) -> bool:

@@ -1053,22 +1053,64 @@ def test_bos_is_stripped_from_a_template_only_where_the_tokenizer_adds_one(base)
         editor.detach()
 
 
-def test_of_a_chat_the_last_question_is_the_prompt(base):
-    model, processor = base
-    editor = strong_editor(model, processor)
+def chat_inputs(processor, images: list, chats: list[list[str]], side: str) -> dict:
+    """Inputs of chats about one picture each, whose questions but the last were answered."""
     texts = []
-    for asked in ([QUESTIONS[1]], [QUESTIONS[0], QUESTIONS[1]]):
+    for asked in chats:
         turns = []
         for question in asked:
             parts = [{"type": "image"}] * (not turns) + [{"type": "text", "text": question}]
             said = [{"type": "text", "text": "ring"}]
             turns += [{"role": "user", "content": parts}, {"role": "assistant", "content": said}]
         texts.append(processor.apply_chat_template(turns[:-1], add_generation_prompt=True))
-    rows = {"images": [[picture()]] * 2, "text": texts}
-    inputs = processor(**rows, padding=True, padding_side="left", return_tensors="pt")
-    for ids, prompt in zip(inputs["input_ids"], editor._masks(inputs).prompt, strict=True):
-        assert processor.tokenizer.decode(ids[prompt]).strip() == f"{QUESTIONS[1]} ASSISTANT:"
+    rows = {"images": [[image] for image in images], "text": texts}
+    return processor(**rows, padding=True, padding_side=side, return_tensors="pt")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_question_of_a_chat_is_routed_as_if_asked_alone(base, side, monkeypatch):
+    model, processor = base
+    editor = strong_editor(model, processor)
+    editor.edit_many(questions(4))
+    images, (other, edited, third) = [picture(1), picture(7)], QUESTIONS
+    single = chat_inputs(processor, images, [[edited], [third]], side)
+    chat = chat_inputs(processor, images, [[other, third, edited], [third]], side)
+    for ids, prompt in zip(chat["input_ids"], editor._masks(chat).prompt, strict=True):
+        asked = processor.tokenizer.decode(ids[prompt]).strip()
+        assert asked in (f"{edited} ASSISTANT:", f"{third} ASSISTANT:")
+    routes, route = [], editor.router.route
+
+    def noted(*arguments):
+        routes.append(route(*arguments))
+        return routes[-1]
+
+    monkeypatch.setattr(editor.router, "route", noted)
+    prefill = editor.model(**chat, output_hidden_states=True)
+    assert {tuple(h.shape[:2]) for h in prefill.hidden_states} == {tuple(chat["input_ids"].shape)}
+    editor.explain(single)
+    editor.explain(chat)
+    in_chat, alone, explained = (routing.weights for routing in routes)
+    assert_close(explained, in_chat)
+    # But for one token: a question behind a picture begins a line, in a chat it follows a space.
+    assert_close(in_chat[0], alone[0], 0.01)
+    assert_close(in_chat[1], alone[1])
+    with editor.disabled():
+        assert not torch.equal(prefill.logits, editor.model(**chat).logits)
+    if side == "left":
+        settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+        cached = editor.model.generate(**chat, **settings)
+        assert_same(cached, editor.model.generate(**chat, **settings, use_cache=False))
+        answer = {"labels": chat["input_ids"][:, -2:], "logits_to_keep": 2}
+        prompts = {k: v[:, :-2] if v.dim() == 2 else v for k, v in chat.items()}
+        routes.clear()
+        logits_of(editor, chat, **answer)
+        logits_of(editor, prompts)
+        assert_close(routes[0].weights, routes[1].weights)
     editor.detach()
+
+
+def test_chats_are_recognised_by_the_template(base):
+    model, processor = base
     of_strings = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
     for template, opening in ((of_strings, "<|user|>"), ("{{ raise_exception('no chats') }}", "")):
         editor = strong_editor(model, FakeProcessor(processor, chat_template=template))
