@@ -903,25 +903,33 @@ class LiveEdit(nn.Module):
 
         text_keys = self.router.text_key(prompt)
         features = self.router.features(prompt, image)
-        # The edits that experts are made of, and the rows that these are mixed into.
-        made, mixed = edits[:experts], (owner < experts).nonzero().flatten()
-        used = (masks.image | masks.prompt | masks.answer)[made]
-        answer = masks.answer[made]
-        embedded = self._embedded(states.labels[made][answer])
-        U, V = self.generator(hidden[made], used, answer, embedded)
-        scores = text_similarity(features.text[mixed], text_keys[made])
-        weights = soft_weights(scores, random_subsets(owner[mixed], role[mixed], experts))
-        edited = hidden[mixed] + apply_experts(self.norm(hidden[mixed]), U, V, weights)
-        losses = self._editing_losses(
-            edited, states.select(mixed), in_scope[mixed], role[mixed], experts
-        )
-
         # Eq. (12-16): one random pick of {edit, generality} goes through the edit side.
         # Differs from the paper: all of them go through the input side, they are there anyway.
         noise = torch.rand(len(role), device=role.device).masked_fill(~in_scope, -1)
         picks = torch.stack([torch.where(owner == b, noise, -1).argmax() for b in range(batch)])
         visual_keys = self.router.visual_key(prompt.select(picks), image.select(picks))
         similarity = self.router.visual_similarity(features.visual, visual_keys)
+
+        # The edits that experts are made of, and the rows that these are mixed into.
+        made, mixed = edits[:experts], (owner < experts).nonzero().flatten()
+        used = (masks.image | masks.prompt | masks.answer)[made]
+        answer = masks.answer[made]
+        embedded = self._embedded(states.labels[made][answer])
+        U, V = self.generator(hidden[made], used, answer, embedded)
+        # Differs from the paper, which mixes all experts of the batch into each row: as when asked,
+        # a row gets those that the hard filter keeps, and in scope its own. Otherwise the locality
+        # loss makes experts timid where the filter will keep them away.
+        _, kept = self.router.hard_filter(similarity, features)
+        own_expert = F.one_hot(owner[mixed], experts).bool() & in_scope[mixed, None]
+        scores = text_similarity(features.text[mixed], text_keys[made])
+        weights = soft_weights(scores, kept[mixed, :experts] | own_expert)
+        touched = weights.any(1)  # the layers above need not run for the others
+        mixed, weights = mixed[touched], weights[touched]
+        edited = hidden[mixed] + apply_experts(self.norm(hidden[mixed]), U, V, weights)
+        losses = self._editing_losses(
+            edited, states.select(mixed), in_scope[mixed], role[mixed], experts
+        )
+
         similar = self.router.visual_logits(similarity)
         sentinel = self.router.visual_logits(self.router.sentinel_similarity(features))
         losses["filter"] = hard_filter_loss(similar, sentinel, owner, in_scope)
@@ -1105,20 +1113,6 @@ def _dense_input(head: nn.Module, args: tuple) -> tuple | None:
     PyTorch multiplies a slice with frozen weights row by row, and copies the whole head for each.
     """
     return (args[0].clone(memory_format=torch.contiguous_format), *args[1:]) if args else None
-
-
-def random_subsets(owner: Tensor, role: Tensor, batch: int) -> Tensor:
-    """Draw which of the batch's experts each row of a training batch sees, (n, batch) bool.
-
-    Edits, generality and hard locality rows always see their own, unrelated locality rows as it
-    falls; there is no hard filter.
-    Differs from the official code: its subsets are random prefixes of the batch, so early slots
-    distract far more often.
-    """
-    share = torch.rand(len(owner), 1, device=owner.device)
-    subset = torch.rand(len(owner), batch, device=owner.device) < share
-    own = F.one_hot(owner, batch).bool() & (role != LOCALITY)[:, None]
-    return subset | own
 
 
 def _nearly_equal(one: Tensor, other: Tensor) -> bool:

@@ -206,17 +206,21 @@ class Router(nn.Module):
         """Turn similarities into logits of the routing losses."""
         return similarity * self.log_scale.exp() if self.cosine else similarity
 
+    def hard_filter(self, similarity: Tensor, features: Features) -> tuple[Tensor, Tensor]:
+        """Compare similarities (B, N) with each query's threshold (B,): that, and who is kept."""
+        threshold = self.sentinel_similarity(features)
+        if self.threshold is not None:
+            threshold = torch.full_like(threshold, self.threshold)
+        # Eq. (5): keep expert e iff sim(phi_bar, phi_hat_e) > sim(phi_bar, phi_bar_Theta)
+        return threshold, similarity > threshold[:, None]
+
     def route(self, features: Features, visual_keys: Tensor, text_keys: Tensor) -> Routing:
         """Decide for B queries and N experts, keys (N, K, M) in the order of editing.
 
         Beyond one product with all visual keys, the work depends on the kept experts only.
         """
         similarity = self.visual_similarity(features.visual, visual_keys)
-        threshold = self.sentinel_similarity(features)
-        if self.threshold is not None:
-            threshold = torch.full_like(threshold, self.threshold)
-        # Eq. (5): keep expert e iff sim(phi_bar, phi_hat_e) > sim(phi_bar, phi_bar_Theta)
-        kept = similarity > threshold[:, None]
+        threshold, kept = self.hard_filter(similarity, features)
         experts = kept.any(0).nonzero().flatten()
         kept = kept[:, experts]
         scores = text_similarity(features.text, text_keys[experts])
