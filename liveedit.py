@@ -878,7 +878,8 @@ class LiveEdit(nn.Module):
     ) -> dict[str, Tensor]:
         """Compute all losses of one batch of B >= 2 edits; "total" is their sum, every weight 1.
 
-        states: n rows with images. role (n,): one of EDIT, GENERALITY, LOCALITY, HARD_LOCALITY.
+        states: n rows with images. role (n,): one of EDIT, GENERALITY, LOCALITY and HARD_LOCALITY
+        (about the edited picture or one like it; both localities train alike).
         owner (n,): the row's edit, 0 to B-1; the B rows of role EDIT stand in this order.
         text_locality: prompt rows of text-only questions, for Eq. (16).
         expert_batch_size: of so many edits, the first ones, experts are made (default all). The

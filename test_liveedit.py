@@ -1202,6 +1202,26 @@ def test_experts_of_the_first_edits_train_as_alone_while_all_edits_train_the_rou
     assert losses[1]["filter"] > losses[0]["filter"] + 0.01
 
 
+def test_training_mixes_the_experts_that_the_filter_keeps_and_in_scope_the_own(base, monkeypatch):
+    editor, losses, rows = strong_editor(*base), {}, []
+    upper = editor.frozen.upper
+
+    def counted(hidden, states):
+        rows.append(len(hidden))
+        return upper(hidden, states)
+
+    monkeypatch.setattr(editor.frozen, "upper", counted)
+    states, role, owner, texts = training_batch(editor)
+    in_scope = int(((role == EDIT) | (role == GENERALITY)).sum())
+    for threshold, reached in ((1.0, [in_scope]), (-1.0, [in_scope] + 2 * [len(role) - in_scope])):
+        editor.router.threshold = threshold
+        rows.clear()
+        losses[threshold] = editor.training_losses(states, role, owner, texts)
+        assert rows == reached
+    assert losses[1.0]["locality"] == 0 < losses[-1.0]["locality"]
+    assert losses[1.0]["reliability"] != losses[-1.0]["reliability"]
+
+
 def test_what_cannot_be_trained_is_refused(base):
     editor = strong_editor(*base)
     states = editor.capture([*questions(2), *questions(2)])
