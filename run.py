@@ -74,7 +74,7 @@ PAPER_CUT = 10_000  # step at which the paper's learning rate falls to a tenth
 SMALL = {
     "train_steps": 1000,
     "train_samples": 14_000,
-    "batch_size": 64,
+    "batch_size": 128,
     "expert_batch_size": 32,
     # At twice this rate experts stop to act where the first token is said: their gates die.
     "learning_rate": 1.5e-3,

@@ -2210,7 +2210,7 @@ WRONG = [
     (["--editor", "/no/such/folder"], "no saved editor"),
     (["--edits", "5000"], "lack room"),
     (["--layer", "9", *FEW], "0 to 5"),
-    (["--expert-batch-size", "65", *FEW], "more than a batch of 64"),
+    (["--expert-batch-size", "129", *FEW], "more than a batch of 128"),
     (["--out", "README.md", *FEW], "README.md"),
     ([*FEW, "--learning-rate", "1e30", "--batch-size", "4", "--out"], "lower --learning-rate"),
 ]
