@@ -56,7 +56,7 @@ EDIT, GENERALITY, LOCALITY, HARD_LOCALITY = range(4)  # roles of the rows of a t
 HALF_PRECISION_SCALE = 1024.0
 CACHES = ("cache", "past_key_values", "layer_past")  # names of the KV cache, the newest first
 # Arguments of a call of the model that do not fit the last question of a chat alone.
-OF_WHOLE_CHATS = {"position_ids", "cache_position", "use_cache", "logits_to_keep", "return_dict"}
+OF_WHOLE_CHATS = {"cache_position", "use_cache", "logits_to_keep", "return_dict"}
 OF_WHOLE_CHATS |= {"output_hidden_states", "output_attentions", *CACHES}
 CONFIG_FILE = "liveedit_config.json"
 NETWORKS_FILE = "networks.safetensors"
@@ -628,7 +628,7 @@ class LiveEdit(nn.Module):
         if ids is None:
             remedy = "pass input_ids too, or use `with editor.disabled():`"
             raise ValueError(f"embeddings alone do not tell where image and prompt are; {remedy}")
-        masks = self._masks(call)
+        masks = self._masks(call).on(hidden.device)
         rows = masks.image.any(1).nonzero().flatten()
         if not len(rows):
             return Route(has_image=False)
@@ -641,9 +641,9 @@ class LiveEdit(nn.Module):
         if alone is not call:
             with self.disabled():
                 asked = self.frozen.record(alone, above=False, to_the_end=False)[0][0]
-            masks = self._masks(alone)
+            masks = self._masks(alone).on(hidden.device)
         with plain_mode(hidden.device), self._lock:
-            routing = self._routing(asked, masks.on(hidden.device), rows)
+            routing = self._routing(asked, masks, rows)
             used = routing.weights.any(0)
             experts = routing.experts[used]
             if not len(experts):
@@ -698,14 +698,16 @@ class LiveEdit(nn.Module):
         ids, mask, labels = self._per_token(inputs)
         special = torch.tensor(self._special_ids, device=ids.device)
         masks = row_masks(ids, mask, labels, self.model.config.image_token_id, special)
-        return masks._replace(prompt=masks.prompt & self._last_turn(ids))
+        return masks._replace(prompt=masks.prompt & self._last_turn(ids, labels))
 
-    def _last_turn(self, ids: Tensor) -> Tensor:
+    def _last_turn(self, ids: Tensor, labels: Tensor | None) -> Tensor:
         """Find the last question of a chat of several turns, and what follows: (B, T) bool."""
         opening = self._encoder.turn_opening if self._encoder else []
         n = len(opening)
         if not 0 < n <= ids.shape[1]:
             return torch.ones_like(ids, dtype=torch.bool)
+        if labels is not None:  # no answer opens a turn
+            ids = ids.masked_fill(labels != IGNORE, IGNORE)
         opens = (ids.unfold(1, n, 1) == torch.tensor(opening, device=ids.device)).all(-1)
         left = opens.flip(1).cumsum(1).flip(1)  # turns that open here or later
         left = torch.cat([left[:, :1].expand(-1, n - 1), left], dim=1)  # or end here
@@ -718,23 +720,30 @@ class LiveEdit(nn.Module):
         as if it were the first. Returns the inputs themselves where nothing is left out.
         """
         ids, mask, labels = self._per_token(inputs)
-        earlier = ~self._last_turn(ids)
-        pictures = earlier & (ids == self.model.config.image_token_id)
-        to_come = pictures.flip(1).cumsum(1).flip(1)
-        said = earlier & (to_come == 0) & pictures.any(1, keepdim=True)
-        if said.any():  # the template puts something between a picture and a question: it stays
-            said &= said.cumsum(1) > self._encoder.picture_closing
+        earlier, config = ~self._last_turn(ids, labels), self.model.config
+        if inputs.get("inputs_embeds") is not None or not earlier.any():
+            return inputs
+        pictures = earlier & (ids == config.image_token_id)
+        seen = pictures | earlier & (ids == getattr(config, "video_token_id", -1))
+        said = earlier & (seen.flip(1).cumsum(1).flip(1) == 0) & pictures.any(1, keepdim=True)
+        for row, behind in zip(ids.tolist(), said, strict=True):
+            self._encoder.leave_picture_closing(row, behind)
         if not said.any():
             return inputs
         asked = ~said if mask is None else ~said & mask.bool()
         order = torch.argsort((~asked).to(torch.uint8), dim=1, stable=True)
-        order = order[:, : int(asked.sum(1).max())]
-        alone = {} if labels is None else {"labels": labels.gather(1, order)}
-        alone["attention_mask"] = asked.gather(1, order).long()
+        asked, padding = asked.gather(1, order), self._encoder.tokenizer.pad_token_id
+        alone = {"input_ids": ids.gather(1, order).masked_fill(~asked, padding)}
+        alone["attention_mask"] = asked.long()
+        if labels is not None:
+            alone["labels"] = labels.gather(1, order).masked_fill(~asked, IGNORE)
         for key, value in inputs.items():
             if key in OF_WHOLE_CHATS or key in alone:
                 continue
-            if isinstance(value, Tensor) and value.shape[:2] == ids.shape:
+            if key == "position_ids" and value is not None:  # (B, T), or more of them (Qwen-VL)
+                moved = value - said.cumsum(1)
+                value = moved.gather(-1, order.expand_as(moved))
+            elif isinstance(value, Tensor) and value.shape[:2] == ids.shape:
                 index = order.reshape(order.shape + (1,) * (value.dim() - 2))
                 value = value.gather(1, index.expand(order.shape + value.shape[2:]))
             alone[key] = value
@@ -922,9 +931,10 @@ class LiveEdit(nn.Module):
         # loss makes experts timid where the filter will keep them away.
         _, kept = self.router.hard_filter(similarity, features)
         own_expert = F.one_hot(owner[mixed], experts).bool() & in_scope[mixed, None]
+        kept = kept[mixed, :experts] | own_expert
         scores = text_similarity(features.text[mixed], text_keys[made])
-        weights = soft_weights(scores, kept[mixed, :experts] | own_expert)
-        touched = weights.any(1)  # the layers above need not run for the others
+        weights = soft_weights(scores, kept)
+        touched = kept.any(1)  # the layers above need not run for the others
         mixed, weights = mixed[touched], weights[touched]
         edited = hidden[mixed] + apply_experts(self.norm(hidden[mixed]), U, V, weights)
         losses = self._editing_losses(
@@ -1270,16 +1280,16 @@ class PromptEncoder:
                     return self.tokenizer(between, add_special_tokens=False).input_ids
         return []
 
-    @cached_property
-    def picture_closing(self) -> int:
-        """How many tokens template and processor put between a picture and its question."""
-        picture = Image.new("RGB", (64, 64))
-        one, other = self([picture] * 2, ["first", "third"], None)["input_ids"].tolist()
-        last = max(i for i, token in enumerate(one) if token == self.image_token_id)
-        closing = 0
-        while one[last + 1 + closing] == other[last + 1 + closing]:
-            closing += 1
-        return closing
+    def leave_picture_closing(self, ids: list[int], said: Tensor) -> None:
+        """Take out of said (T,) what only separates a picture from its question."""
+        for i in said.nonzero().flatten().tolist():
+            if not self._is_special(ids[i]) and self.tokenizer.decode([ids[i]]).strip():
+                break
+            said[i] = False
+
+    def _is_special(self, token: int) -> bool:
+        added = self.tokenizer.added_tokens_decoder.get(token)
+        return token in self.tokenizer.all_special_ids or bool(added and added.special)
 
     @cached_property
     def _processor_places_image_token(self) -> bool:
@@ -1324,9 +1334,7 @@ class PromptEncoder:
         Behind "ASSISTANT:" a space comes first, behind "assistant\\n" or a special token none.
         """
         ending = prompt_text[-1:] + self.tokenizer.decode([last])[-1:]
-        added = self.tokenizer.added_tokens_decoder.get(last)
-        special = last in self.tokenizer.all_special_ids or bool(added and added.special)
-        opens = special or any(map(str.isspace, ending))
+        opens = self._is_special(last) or any(map(str.isspace, ending))
         before, text = ("\n", target) if opens else (":", " " + target)
         # Not the text alone: Llama's tokenizer puts a lone space before whatever begins a text.
         head = self.tokenizer(before, add_special_tokens=False).input_ids

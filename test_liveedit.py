@@ -1073,11 +1073,12 @@ def test_the_last_question_of_a_chat_is_routed_as_if_asked_alone(base, side, mon
     editor = strong_editor(model, processor)
     editor.edit_many(questions(4))
     images, (other, edited, third) = [picture(1), picture(7)], QUESTIONS
-    single = chat_inputs(processor, images, [[edited], [third]], side)
-    chat = chat_inputs(processor, images, [[other, third, edited], [third]], side)
+    long = " ".join([third] * 4)
+    single = chat_inputs(processor, images, [[edited], [long]], side)
+    chat = chat_inputs(processor, images, [[other, third, edited], [long]], side)
     for ids, prompt in zip(chat["input_ids"], editor._masks(chat).prompt, strict=True):
         asked = processor.tokenizer.decode(ids[prompt]).strip()
-        assert asked in (f"{edited} ASSISTANT:", f"{third} ASSISTANT:")
+        assert asked in (f"{edited} ASSISTANT:", f"{long} ASSISTANT:")
     routes, route = [], editor.router.route
 
     def noted(*arguments):
@@ -1106,6 +1107,9 @@ def test_the_last_question_of_a_chat_is_routed_as_if_asked_alone(base, side, mon
         logits_of(editor, chat, **answer)
         logits_of(editor, prompts)
         assert_close(routes[0].weights, routes[1].weights)
+        numbered = {"position_ids": torch.arange(chat["input_ids"].shape[1]).expand(2, -1)}
+        logits_of(editor, chat, **numbered)
+        assert_close(routes[2].weights, in_chat, 1e-4)
     editor.detach()
 
 
