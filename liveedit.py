@@ -1275,9 +1275,13 @@ class PromptEncoder:
                 turns.append({"role": role, "content": content})
             with contextlib.suppress(Exception):  # of the template: no chats, or another form
                 text = self.processor.apply_chat_template(turns)
-                between = text.partition("second")[2].partition("third")[0].strip()
-                if between and "'type'" not in text:
-                    return self.tokenizer(between, add_special_tokens=False).input_ids
+                between = text.partition("second")[2].partition("third")[0].rstrip()
+                opening = between.lstrip()
+                if opening and "'type'" not in text:
+                    space = between[: -len(opening)][-1:]
+                    if space == " ":  # it belongs to the word behind it
+                        return self._tokens_behind(":", space + opening)
+                    return self._tokens_behind(space or ":", opening)
         return []
 
     def leave_picture_closing(self, ids: list[int], said: Tensor) -> None:
@@ -1336,16 +1340,21 @@ class PromptEncoder:
         ending = prompt_text[-1:] + self.tokenizer.decode([last])[-1:]
         opens = self._is_special(last) or any(map(str.isspace, ending))
         before, text = ("\n", target) if opens else (":", " " + target)
-        # Not the text alone: Llama's tokenizer puts a lone space before whatever begins a text.
-        head = self.tokenizer(before, add_special_tokens=False).input_ids
-        tokens = self.tokenizer(before + text, add_special_tokens=False).input_ids
-        if tokens[: len(head)] == head:
-            tokens = tokens[len(head) :]
-        else:
-            tokens = self.tokenizer(text, add_special_tokens=False).input_ids
+        tokens = self._tokens_behind(before, text)
         if not tokens:
             raise ValueError(f"the target {target!r} has no token in the model's vocabulary")
         return [*tokens, self._end_token]
+
+    def _tokens_behind(self, before: str, text: str) -> list[int]:
+        """Tokenise a text as it stands behind another.
+
+        Alone it may have other tokens: Llama's tokenizer puts a space before whatever comes first.
+        """
+        head = self.tokenizer(before, add_special_tokens=False).input_ids
+        tokens = self.tokenizer(before + text, add_special_tokens=False).input_ids
+        if tokens[: len(head)] == head:
+            return tokens[len(head) :]
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     @cached_property
     def _end_token(self) -> int:

@@ -1116,7 +1116,10 @@ def test_the_last_question_of_a_chat_is_routed_as_if_asked_alone(base, side, mon
 def test_chats_are_recognised_by_the_template(base):
     model, processor = base
     of_strings = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
-    for template, opening in ((of_strings, "<|user|>"), ("{{ raise_exception('no chats') }}", "")):
+    of_words = "{% for m in messages %}{{ ' Human: ' if m['role'] == 'user' else ' Bot: ' }}"
+    of_words += "{{ m['content'][0]['text'] }}{% endfor %}"
+    openings = {of_strings: "<|user|>", of_words: " Human:", "{{ raise_exception('no') }}": ""}
+    for template, opening in openings.items():
         editor = strong_editor(model, FakeProcessor(processor, chat_template=template))
         assert processor.tokenizer.decode(editor._encoder.turn_opening) == opening
         editor.detach()
