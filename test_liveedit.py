@@ -1115,6 +1115,10 @@ def test_the_last_question_of_a_chat_is_routed_as_if_asked_alone(base, side, mon
 
 def test_chats_are_recognised_by_the_template(base):
     model, processor = base
+    editor = strong_editor(model, processor)
+    masks = editor.capture([(picture(), QUESTIONS[0], "USER: bob")]).masks
+    assert masks.prompt.any() and masks.answer.sum() > 3  # no answer opens a turn
+    editor.detach()
     of_strings = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
     of_words = "{% for m in messages %}{{ ' Human: ' if m['role'] == 'user' else ' Bot: ' }}"
     of_words += "{{ m['content'][0]['text'] }}{% endfor %}"
