@@ -166,7 +166,15 @@ def wrong_options(options: argparse.Namespace) -> str | None:
         torch.empty(0, device="cpu" if options.device == "auto" else options.device)
     except (RuntimeError, AssertionError) as error:
         return f"--device {options.device} cannot be used here: {str(error).splitlines()[0]}"
+    processes = int(os.environ["LOCAL_WORLD_SIZE"]) if PROCESSES > 1 else 1
+    if on_gpu(options.device) and processes > torch.cuda.device_count():
+        return f"{processes} processes need a GPU each, or --device cpu"
     return None
+
+
+def on_gpu(device: str) -> bool:
+    """Tell whether --device leaves each process a CUDA GPU of its own."""
+    return torch.cuda.is_available() and device in ("auto", "cuda")
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -198,7 +206,7 @@ def load_model(name: str, device: str, dtype: str):
     name = SHORT_NAMES.get(name, name)
     if device == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        device = "cuda" if torch.cuda.is_available() else mps
+        device = "cuda" if on_gpu(device) else mps
     try:
         processor = AutoProcessor.from_pretrained(name)
     except (ImportError, AttributeError) as error:  # from deep inside, where a package is missing
@@ -281,14 +289,14 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
 
 
 @contextlib.contextmanager
-def all_processes():
+def all_processes(device: str):
     """Join the processes that torchrun started, if it did; the first alone prints."""
     if PROCESSES == 1:
         yield
         return
-    if torch.cuda.is_available():
+    if on_gpu(device):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+    dist.init_process_group("nccl" if on_gpu(device) else "gloo")
     with open(os.devnull, "w") as nowhere:
         with contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
             yield
@@ -747,7 +755,7 @@ def keep_freed_memory() -> None:
 
 def peak_memory() -> str:
     """Tell the peak memory of the GPU, or else of this process, in GiB."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
     if sys.platform == "win32":
         return "unknown"
@@ -769,7 +777,7 @@ def save_editor(editor: LiveEdit, folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
     keep_freed_memory()
-    with all_processes():
+    with all_processes(options.device):
         run(options)
 
 

@@ -23,6 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU, whatever the machine has
+
 import numpy
 import pytest
 import torch
@@ -2425,7 +2427,7 @@ def save_and_keep_the_second(file, editor, optimizers, progress):
 
 run.save_checkpoint = save_and_keep_the_second
 options = run.parse_options(sys.argv[1:])
-with run.all_processes():
+with run.all_processes(options.device):
     torch.manual_seed(options.seed)
     editor, samples, _ = run.prepare(options)
     run.train(editor, samples, options)
@@ -2481,6 +2483,17 @@ def test_two_processes_train_as_one_that_averages_their_gradients(tmp_path):
     subprocess.run(line, check=True, capture_output=True, cwd=HERE, env=environment, timeout=200)
     resumed = torch.load(tmp_path / "1.pt")
     assert all(torch.equal(resumed[name], trained[4][name]) for name in resumed)
+
+
+def test_two_processes_need_a_gpu_each(monkeypatch, capsys):
+    monkeypatch.setattr(run, "PROCESSES", 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert run.parse_options(["--device", "cpu"]).device == "cpu"
+    with pytest.raises(SystemExit):
+        run.parse_options([])
+    assert "2 processes need a GPU each, or --device cpu" in capsys.readouterr().err
 
 
 def test_two_processes_report_what_one_does(small_run, tmp_path):

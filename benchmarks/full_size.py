@@ -3,11 +3,14 @@
 Builds LLaVA-1.5-7B's shape without a download (about 20 GiB of memory in bfloat16), then attaches
 an editor of the paper's settings, edits, generates three tokens, takes one training step with the
 smallest batch, saves and loads the editor, and prints seconds and peak memory of each. Answers mean
-nothing here. On a GPU also: prefill and time per token at 0, 100 and 500 edits, all of them kept.
+nothing here. On a GPU also: training steps of the paper's batch, and prefill and tokens beside the
+bare model's, with 0 to 100,000 edits.
 """
 
 import argparse
 import contextlib
+import json
+import statistics
 import sys
 import tempfile
 import time
@@ -26,9 +29,14 @@ from transformers import (
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from liveedit import EDIT, LOCALITY, Edit, LiveEdit, LiveEditConfig, Question
-from run import peak_memory
+import run
+from benchmarks.speed import cost_of_a_question
+from benchmarks.store import grow
+from data import MAIN_QUERIES, EditSample, drawn_samples, split_scenes
+from liveedit import EDIT, LOCALITY, LiveEdit, LiveEditConfig, Question
+from router import Rows
 
+EVAL_BATCH = 4  # questions per forward pass, run.py's for this width
 TOKENS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 
 
@@ -68,7 +76,7 @@ def timed(what: str):
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    print(f"{what:<44}{time.time() - start:>8.1f} s   peak {peak_memory()}", flush=True)
+    print(f"{what:<44}{time.time() - start:>8.1f} s   peak {run.peak_memory()}", flush=True)
 
 
 def processor_of_full_size() -> LlavaProcessor:
@@ -124,32 +132,60 @@ def main() -> None:
     per_edit = editor.experts.bytes_per_edit() / 1024
     print(f"{millions:.0f} M trained parameters, {per_edit:.0f} KiB per edit")
     if device.startswith("cuda"):
-        overhead(editor, inputs)
-
-
-def overhead(editor: LiveEdit, inputs: dict) -> None:
-    """Time prefill and tokens with copies of one expert that the filter all keeps."""
-    experts, names = editor.experts, editor.experts.TENSORS
-    editor.router.threshold = -1.0
-    row = {name: experts.rows(name)[:1].clone() for name in names}
-    for count in (0, 100, 500):
         editor.reset()
-        if count:
-            first = experts.next_id
-            edits = [Edit(first + i, f"question {i}", "x", 0.0) for i in range(count)]
-            experts.add({name: row[name].expand(count, -1, -1) for name in names}, edits)
-        taken = {}
-        for tokens in (1, 33):
-            settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-            editor.model.generate(**inputs, **settings)
-            torch.cuda.synchronize()
-            start = time.time()
-            for _ in range(5):
-                editor.model.generate(**inputs, **settings)
-            torch.cuda.synchronize()
-            taken[tokens] = (time.time() - start) / 5
-        prefill, token = 1000 * taken[1], 1000 * (taken[33] - taken[1]) / 32
-        print(f"{count} edits: prefill {prefill:.1f} ms, each further token {token:.1f} ms")
+        found = {"device": torch.cuda.get_device_name(), "training": paper_steps(editor)}
+        found["question"] = overhead(editor, asked[0])
+        file = HERE / "output" / "full_size.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(found, indent=1))
+
+
+def paper_steps(editor: LiveEdit, steps: int = 4) -> dict:
+    """Time training steps of the paper's batch, of edits with the queries that E-VQA has."""
+    batch_size, samples = run.PAPER["batch_size"], []
+    for sample in drawn_samples(batch_size * (steps + 1), split_scenes()[0], "full size", False):
+        queries = {name: query for name, query in sample.queries.items() if name in MAIN_QUERIES}
+        samples.append(EditSample(sample.kind, queries))
+    run.CACHE_BYTES = 0  # as with E-VQA's thousands of samples: each step runs the lower layers
+    training_set = run.TrainingSet(editor, samples, EVAL_BATCH)
+    optimizers = run.make_optimizers(editor, run.PAPER["learning_rate"])
+    times = []
+    for start in range(0, len(samples), batch_size):
+        began = time.time()
+        batch = training_set.batch(list(range(start, start + batch_size)))
+        editor.zero_grad()
+        editor.training_losses(*batch)["total"].backward()
+        run.cut_gradients(editor)
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.cuda.synchronize()
+        times.append(time.time() - began)
+    editor.zero_grad()
+    step, count = statistics.median(times[1:]), run.PAPER["train_steps"]
+    found = {"edits": batch_size, "rows": len(batch[0].hidden), "seconds": step}
+    found |= {"hours": count * step / 3600, "peak_memory": run.peak_memory()}
+    print(f"training steps of the paper's batch, hours of {count}: {found}", flush=True)
+    return found
+
+
+def overhead(editor: LiveEdit, asked: Question) -> list[dict]:
+    """Time prefill and tokens beside the bare model's, with four edits that pass the filter."""
+    bare, editor.router.threshold = random_llava("cuda"), 0.5
+    inputs = editor.encode(asked.image, asked.prompt)
+    states = editor.capture([asked], above=False)
+    prompt = Rows.gather(states.hidden.float(), states.masks.prompt)
+    image = Rows.gather(states.hidden.float(), states.masks.image)
+    with torch.no_grad():
+        planted = editor.router.features(prompt, image).visual
+    rows = []
+    for count in (0, 1, 500, 10_000, 100_000):
+        editor.reset()
+        grow(editor, count, planted)
+        assert bool(editor.explain(inputs)[0]) == bool(count)
+        rows.append({"edits": count} | cost_of_a_question(editor.model, bare, inputs))
+        rows[-1]["peak_memory"] = run.peak_memory()
+        print(rows[-1], flush=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
 A method is a subclass of `Unedited` with its own `name`, `needs` and `grid`; add yours to METHODS.
 Settings are chosen from its `grid` on --tuning-edits edits of training scenes, as crowded as the
 stream itself, and are kept in the results with all that were tried (another number of edits may
-favor others; 0 takes the first of the grid). LiveEdit is one editor that was trained before.
+favor others; 0 takes the first of the grid). Results in --out are continued: methods and seeds that
+it has are not run again. LiveEdit is one editor that was trained before.
 """
 
 import importlib.util
@@ -567,23 +568,25 @@ def main() -> None:
     model, processor = load_model(given.model, "cpu", "float32")
     editor = trained_editor(model, processor, given.editor)
     counts = [n for n in (1, 10, 100) if n < given.edits] + [given.edits]
-    names = ("model", "edits", "tuning_edits", "seeds")
-    settings = {name: getattr(given, name) for name in names}
+    settings = {name: getattr(given, name) for name in ("model", "edits", "tuning_edits")}
     results = {"methods": {}} | open_results(given.out, settings)
     for kind in chosen:
-        began = time.time()
-        settings, tried = tuned(kind, editor, given.tuning_edits)
-        found = {"settings": settings, "seconds_of_tuning": time.time() - began, "tried": tried}
-        found["seeds"] = {}
+        found = results["methods"].get(kind.name)
+        if found is None:
+            began = time.time()
+            settings, tried = tuned(kind, editor, given.tuning_edits)
+            found = {"settings": settings, "seconds_of_tuning": time.time() - began}
+            found |= {"tried": tried, "seeds": {}}
         for seed in given.seeds:
+            if str(seed) in found["seeds"]:
+                continue  # of an earlier run
             torch.manual_seed(seed)
-            method = kind(editor, **settings)
+            method = kind(editor, **found["settings"])
             found["seeds"][str(seed)] = stream_rows(method, drawn_stream(given.edits, seed), counts)
             method.close()
-        found["seconds"] = time.time() - began
-        results["methods"][kind.name] = found
-        given.out.write_text(json.dumps(results, indent=1))
-        print(kind.name, settings, f"{found['seconds']:.0f} s")
+            results["methods"][kind.name] = found
+            given.out.write_text(json.dumps(results, indent=1))
+        print(kind.name, found["settings"])
     print(report(results))
 
 

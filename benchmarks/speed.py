@@ -43,33 +43,36 @@ def cost_of_an_edit(editor: LiveEdit, asked: Question) -> dict:
     return {"ms": whole, "ms_lower_layers": lower, "ratio": whole / lower}
 
 
-@torch.no_grad()
-def cost_of_a_question(editor: LiveEdit, bare, asked: Question, edits: int) -> dict:
-    """Compare prefill and further tokens with those of the bare model, which has no editor."""
+def fill(editor: LiveEdit, asked: Question, edits: int) -> dict:
+    """Make so many edits, all unrelated but the last, and give inputs that ask about it."""
     editor.reset()
     if edits:
         unrelated = torch.randn(1, *editor.experts.shapes["visual_keys"])
         grow(editor, edits - 1, F.normalize(unrelated, dim=-1))
         editor.edit(*asked)
     inputs = editor.encode(asked.image, asked.prompt)
-
     assert len(editor.explain(inputs)[0]) == min(1, edits)
+    return inputs
+
+
+@torch.no_grad()
+def cost_of_a_question(model, bare, inputs: dict) -> dict:
+    """Compare prefill and further tokens with those of the bare model, which has no editor."""
 
     def generate(model, tokens: int):
         length = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         model.generate(**inputs, **length, do_sample=False)
 
     filled, before = milliseconds(
-        partial(editor.model, **inputs, logits_to_keep=1), partial(bare, **inputs, logits_to_keep=1)
+        partial(model, **inputs, logits_to_keep=1), partial(bare, **inputs, logits_to_keep=1)
     )
     first, all_, first_before, all_before = milliseconds(
-        partial(generate, editor.model, 1),
-        partial(generate, editor.model, 1 + TOKENS),
+        partial(generate, model, 1),
+        partial(generate, model, 1 + TOKENS),
         partial(generate, bare, 1),
         partial(generate, bare, 1 + TOKENS),
     )
     return {
-        "edits": edits,
         "prefill": filled / before,
         "token": (all_ - first) / (all_before - first_before),
         "ms_prefill_unedited": before,
@@ -124,21 +127,25 @@ def main() -> None:
     parser.add_argument("--model", default="tiny-llava")
     parser.add_argument("--editor", type=Path, default=ROOT / "tiny-llava" / "editor")
     parser.add_argument("--edits", type=int, nargs="+", default=[0, 1, 100, 500, 10_000, 100_000])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "speed.json")
     given = parser.parse_args()
     keep_freed_memory()
     torch.manual_seed(0)
-    model, processor = load_model(given.model, "cpu", "auto")
-    bare, _ = load_model(given.model, "cpu", "auto")
+    model, processor = load_model(given.model, given.device, "auto")
+    bare, _ = load_model(given.model, given.device, "auto")
     editor = LiveEdit.from_pretrained(model, processor, given.editor)
     sample = drawn_training(2, 0)[0]
-    found = {"model": given.model, "threads": torch.get_num_threads()}
+    found = {"model": given.model, "threads": torch.get_num_threads(), "device": given.device}
+    if model.device.type == "cuda":
+        found["device"] = torch.cuda.get_device_name()
     asked = question(sample.edit)
     found["edit"] = cost_of_an_edit(editor, asked)
     print(found["edit"])
     found["question"] = []
     for count in given.edits:
-        found["question"].append(cost_of_a_question(editor, bare, asked, count))
+        cost = cost_of_a_question(model, bare, fill(editor, asked, count))
+        found["question"].append({"edits": count} | cost)
         print(found["question"][-1], flush=True)
     batch_size = training_defaults(editor.norm.weight.numel())["expert_batch_size"]
     found["training"] = training_speed(editor, batch_size)
