@@ -1,14 +1,14 @@
-"""Draw figures of the results of peers.py, variants.py or speed.py.
+"""Draw figures of the results of peers.py, variants.py and full_size.py (or speed.py).
 
     pip install matplotlib
     python benchmarks/curves.py benchmarks/results/tiny-llava/peers.json assets
     python benchmarks/curves.py benchmarks/results/tiny-llava/variants.json assets
-    python benchmarks/curves.py benchmarks/results/tiny-llava/speed.json assets
+    python benchmarks/curves.py benchmarks/results/h100/full_size.json assets
 
 Of peers: retention.png (edited answers, and all others, after more and more edits) and tradeoff.png
 (generality against hard locality after all of them). Of variants: lengths.png (whole answers right
-by length of the target, for each rank). Of speed: cost.png (prefill and a token, as multiples of
-the unedited model's). Answers are free-running.
+by length of the target, for each rank). Of full_size: cost.png (prefill and a token, as multiples
+of the bare model's). Answers are free-running.
 """
 
 import json
@@ -111,8 +111,8 @@ def costs(questions: list[dict], file: Path) -> None:
     panel.set_xscale("symlog", linthresh=1)
     panel.set_xticks(counts, [f"{count:,}" for count in counts])
     panel.minorticks_off()
-    panel.set(xlabel="edits in the model", ylabel="time, as a multiple of the unedited model's")
-    panel.set_ylim(bottom=0)
+    panel.set(xlabel="edits in the model", ylabel="time, as a multiple of the bare model's")
+    panel.set_ylim(0, 1.5)
     panel.grid(alpha=0.3)
     panel.legend()
     figure.savefig(file, dpi=110, bbox_inches="tight")

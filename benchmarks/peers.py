@@ -311,7 +311,7 @@ class Codebook(Unedited):
     grid = [
         {"radius": radius, "steps": 100, "layer": layer}
         for layer in (2, 4)
-        for radius in (0.03, 0.06, 0.12, 0.2, 0.3)
+        for radius in (0.03, 0.06, 0.12, 0.2, 0.3, 0.4)
     ]
 
     def __init__(self, editor, radius: float, steps: int, layer: int):
@@ -553,6 +553,7 @@ def report(results: dict) -> str:
 def main() -> None:
     parser = options_of(__doc__, "peers.json")
     parser.add_argument("--edits", type=int, default=500)
+    parser.add_argument("--counts", type=int, nargs="+", help="ask after these (1, 10, 100, all)")
     parser.add_argument("--tuning-edits", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=[kind.name for kind in METHODS])
@@ -567,7 +568,7 @@ def main() -> None:
     # In single precision: with less, small steps of the fine-tuned weights are lost.
     model, processor = load_model(given.model, "cpu", "float32")
     editor = trained_editor(model, processor, given.editor)
-    counts = [n for n in (1, 10, 100) if n < given.edits] + [given.edits]
+    counts = given.counts or [n for n in (1, 10, 100) if n < given.edits] + [given.edits]
     settings = {name: getattr(given, name) for name in ("model", "edits", "tuning_edits")}
     results = {"methods": {}} | open_results(given.out, settings)
     for kind in chosen:

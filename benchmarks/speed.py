@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py                                              tiny-llava
     python benchmarks/speed.py --model output/smol-llava --editor output/editor
+    python benchmarks/speed.py --table FILE              the table of these results, or full_size's
 
 Prints an edit as a multiple of its pass through the lower layers; prefill and each further token
 as multiples of the unedited model's, after some numbers of edits; and how many samples a second
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.common import table
 from benchmarks.store import grow, milliseconds, seconds
 from data import consistent_batches, drawn_training
 from generator import apply_experts
@@ -122,6 +124,16 @@ def training_speed(editor: LiveEdit, batch_size: int, steps: int = 5) -> dict:
     return {"samples_per_second": ours, "straightforward": theirs, "ratio": ours / theirs}
 
 
+def markdown(found: dict) -> str:
+    """Print what a question costs, one row for each number of edits."""
+    columns = {"prefill": "prefill", "token": "a token"}
+    columns |= {"ms_prefill_unedited": "unedited: prefill, ms", "ms_token_unedited": "a token, ms"}
+    rows = {}
+    for row in found["question"]:
+        rows[f"{row['edits']:,} edits"] = {key: f"{row[key]:.2f}" for key in columns}
+    return table(found["device"], columns, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny-llava")
@@ -129,14 +141,18 @@ def main() -> None:
     parser.add_argument("--edits", type=int, nargs="+", default=[0, 1, 100, 500, 10_000, 100_000])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "speed.json")
+    parser.add_argument("--table", type=Path, help="print the table of these results only")
     given = parser.parse_args()
+    if given.table:
+        print(markdown(json.loads(given.table.read_text())))
+        return
     keep_freed_memory()
     torch.manual_seed(0)
     model, processor = load_model(given.model, given.device, "auto")
     bare, _ = load_model(given.model, given.device, "auto")
     editor = LiveEdit.from_pretrained(model, processor, given.editor)
     sample = drawn_training(2, 0)[0]
-    found = {"model": given.model, "threads": torch.get_num_threads(), "device": given.device}
+    found = {"model": given.model, "device": f"{torch.get_num_threads()} CPU threads"}
     if model.device.type == "cuda":
         found["device"] = torch.cuda.get_device_name()
     asked = question(sample.edit)
@@ -152,6 +168,7 @@ def main() -> None:
     print(found["training"])
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1))
+    print(markdown(found))
 
 
 if __name__ == "__main__":
