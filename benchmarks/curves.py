@@ -101,8 +101,9 @@ def lengths(variants: dict, file: Path) -> None:
     plt.close(figure)
 
 
-def costs(questions: list[dict], file: Path) -> None:
+def costs(results: dict, file: Path) -> None:
     """Draw what a question costs as edits become more."""
+    questions = results["question"]
     figure, panel = plt.subplots(figsize=(6, 4))
     counts = [row["edits"] for row in questions]
     for number, (key, label) in enumerate({"prefill": "prefill", "token": "a token"}.items()):
@@ -112,9 +113,10 @@ def costs(questions: list[dict], file: Path) -> None:
     panel.set_xticks(counts, [f"{count:,}" for count in counts])
     panel.minorticks_off()
     panel.set(xlabel="edits in the model", ylabel="time, as a multiple of the bare model's")
-    panel.set_ylim(0, 1.5)
+    panel.set_ylim(bottom=0)
+    panel.set_title(f"{results['model']}, {results['device']}")
     panel.grid(alpha=0.3)
-    panel.legend()
+    panel.legend(loc="lower right")
     figure.savefig(file, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
@@ -128,7 +130,7 @@ def main() -> None:
     folder = Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
     if "question" in results:
-        costs(results["question"], folder / "cost.png")
+        costs(results, folder / "cost.png")
     elif "variants" in results:
         lengths(results["variants"], folder / "lengths.png")
     else:

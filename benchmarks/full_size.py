@@ -133,7 +133,8 @@ def main() -> None:
     print(f"{millions:.0f} M trained parameters, {per_edit:.0f} KiB per edit")
     if device.startswith("cuda"):
         editor.reset()
-        found = {"device": torch.cuda.get_device_name(), "training": paper_steps(editor)}
+        found = {"model": "LLaVA-1.5-7B's shape", "device": torch.cuda.get_device_name()}
+        found["training"] = paper_steps(editor)
         found["question"] = overhead(editor, asked[0])
         file = HERE / "output" / "full_size.json"
         file.parent.mkdir(exist_ok=True)
