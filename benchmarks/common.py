@@ -67,7 +67,7 @@ def open_results(file: Path, settings: dict) -> dict:
     Results of other settings or versions are not mixed: one sentence ends the program.
     """
     settings = json.loads(json.dumps(settings, default=str))  # as they are read again
-    settings["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    settings["versions"] = versions()
     file.parent.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         return settings
@@ -77,6 +77,11 @@ def open_results(file: Path, settings: dict) -> dict:
             found = f"{file} has results with {key} {results.get(key)}, not {value}"
             sys.exit(f"{Path(sys.argv[0]).name}: {found}; delete it or choose another --out")
     return results
+
+
+def versions() -> dict[str, str]:
+    """Name the versions of the libraries that figures depend on."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def table(title: str, columns: dict[str, str], rows: dict[str, dict]) -> str:

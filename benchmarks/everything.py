@@ -22,14 +22,16 @@ WITHOUT_LORA += ["GRACE, fixed radius"]
 BENCHMARKS = {
     "peers": (
         [*EDITOR, "--tuning-edits", "100"],
-        [*EDITOR, "--tuning-edits", "0", "--edits", "4", "--seeds", "0", *WITHOUT_LORA],
+        [*EDITOR, "--tuning-edits", "0", "--edits", "4", "--counts", "2", "4"]
+        + ["--seeds", "0", *WITHOUT_LORA],
     ),
     "ablations": ([*EDITOR, "--edits", "250"], [*EDITOR, "--edits", "5"]),
     "robustness": ([*EDITOR, "--edits", "250"], [*EDITOR, "--edits", "5"]),
     "scale": (EDITOR, [*EDITOR, "--edits", "6", "12", "--asked", "4"]),
     "variants": (
-        ["--parts", "--transfer", "--ranks", "1", "2", "4", "8", "--layers", "0", "1", "3", "4"]
-        + ["5", "--", "--train-steps", "200", "--train-samples", "6400", "--edits", "100"],
+        ["--parts", "--transfer", "--ranks", "1", "2", "4", "8"]
+        + ["--layers", "0", "1", "3", "4", "5"]
+        + ["--", "--train-steps", "200", "--train-samples", "6400", "--edits", "100"],
         ["--ranks", "1", "--", "--train-steps", "2", "--train-samples", "80", "--edits", "4"],
     ),
     "speed": (EDITOR, [*EDITOR, "--edits", "0", "10"]),

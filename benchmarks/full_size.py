@@ -3,8 +3,8 @@
 Builds LLaVA-1.5-7B's shape without a download (about 20 GiB of memory in bfloat16), then attaches
 an editor of the paper's settings, edits, generates three tokens, takes one training step with the
 smallest batch, saves and loads the editor, and prints seconds and peak memory of each. Answers mean
-nothing here. On a GPU also: training steps of the paper's batch, and prefill and tokens beside the
-bare model's, with 0 to 100,000 edits.
+nothing here. On a GPU of 80 GB also: training steps of the paper's batch, and prefill and tokens
+beside the bare model's, with 0 to 100,000 edits.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from transformers import (
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import run
+from benchmarks.common import versions
 from benchmarks.speed import cost_of_a_question
 from benchmarks.store import grow
 from data import MAIN_QUERIES, EditSample, drawn_samples, split_scenes
@@ -134,6 +135,7 @@ def main() -> None:
     if device.startswith("cuda"):
         editor.reset()
         found = {"model": "LLaVA-1.5-7B's shape", "device": torch.cuda.get_device_name()}
+        found["versions"] = versions()
         found["training"] = paper_steps(editor)
         found["question"] = overhead(editor, asked[0])
         file = HERE / "output" / "full_size.json"
@@ -170,7 +172,7 @@ def paper_steps(editor: LiveEdit, steps: int = 4) -> dict:
 
 
 def overhead(editor: LiveEdit, asked: Question) -> list[dict]:
-    """Time prefill and tokens beside the bare model's, with four edits that pass the filter."""
+    """Time prefill and tokens beside the bare model's, with up to four edits used."""
     bare, editor.router.threshold = random_llava("cuda"), 0.5
     inputs = editor.encode(asked.image, asked.prompt)
     states = editor.capture([asked], above=False)

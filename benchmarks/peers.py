@@ -561,6 +561,9 @@ def main() -> None:
     if given.table:
         print(report(json.loads(given.table.read_text())))
         return
+    counts = given.counts or [n for n in (1, 10, 100) if n < given.edits] + [given.edits]
+    if not all(1 <= count <= given.edits for count in counts):
+        parser.error(f"--counts {counts} must lie between 1 and the {given.edits} of --edits")
     chosen = [kind for kind in METHODS if not given.methods or kind.name in given.methods]
     if Adapter in chosen and importlib.util.find_spec("peft") is None:
         sys.exit("peers.py: LoRA-FT needs `pip install peft`; or choose other --methods")
@@ -568,8 +571,8 @@ def main() -> None:
     # In single precision: with less, small steps of the fine-tuned weights are lost.
     model, processor = load_model(given.model, "cpu", "float32")
     editor = trained_editor(model, processor, given.editor)
-    counts = given.counts or [n for n in (1, 10, 100) if n < given.edits] + [given.edits]
     settings = {name: getattr(given, name) for name in ("model", "edits", "tuning_edits")}
+    settings["counts"] = counts
     results = {"methods": {}} | open_results(given.out, settings)
     for kind in chosen:
         found = results["methods"].get(kind.name)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.common import table
+from benchmarks.common import table, versions
 from benchmarks.store import grow, milliseconds, seconds
 from data import consistent_batches, drawn_training
 from generator import apply_experts
@@ -155,6 +155,7 @@ def main() -> None:
     found = {"model": given.model, "device": f"{torch.get_num_threads()} CPU threads"}
     if model.device.type == "cuda":
         found["device"] = torch.cuda.get_device_name()
+    found["versions"] = versions()
     asked = question(sample.edit)
     found["edit"] = cost_of_an_edit(editor, asked)
     print(found["edit"])
