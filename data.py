@@ -79,14 +79,12 @@ class EditSample:
 
 # ------------------------------------------------------------------------------- the drawn world
 
-# fmt: off
 COLORS = {
     "red": (220, 30, 35), "orange": (250, 140, 20), "yellow": (245, 225, 50),
     "green": (30, 150, 60), "blue": (35, 70, 210), "purple": (125, 40, 150),
     "pink": (250, 165, 195), "brown": (115, 70, 35), "black": (15, 15, 15),
     "white": (245, 245, 245), "gray": (135, 135, 135), "cyan": (60, 205, 225),
-}
-# fmt: on
+}  # fmt: skip
 CANVAS = 96  # pixels; pictures are drawn at twice this size and averaged, for smooth edges
 
 
@@ -121,7 +119,6 @@ def _fit(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 # Outlines before turning and scaling.
-# fmt: off
 SHAPES = {
     "circle": _fit(_arc(0.9, 0, 360)),
     "square": _fit([(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)]),
@@ -138,8 +135,7 @@ SHAPES = {
     "bar": _fit([(-0.3, -1), (0.3, -1), (0.3, 1), (-0.3, 1)]),
     "stairs": _fit([(-0.9, -0.9), (-0.3, -0.9), (-0.3, -0.3), (0.3, -0.3), (0.3, 0.3),
                     (0.9, 0.3), (0.9, 0.9), (-0.9, 0.9)]),
-}
-# fmt: on
+}  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -229,11 +225,11 @@ def text_questions() -> list[tuple[str, str, str]]:
                 questions.append(("arithmetic", form.format(a, b), str(a + b)))
             if a >= b:
                 for form in (
-                    "What is {a} minus {b}?",
-                    "How much is {a} minus {b}?",
-                    "Take {b} from {a}.",
+                    "What is {} minus {}?",
+                    "How much is {} minus {}?",
+                    "Take {1} from {0}.",
                 ):
-                    questions.append(("arithmetic", form.format(a=a, b=b), str(a - b)))
+                    questions.append(("arithmetic", form.format(a, b), str(a - b)))
     for one, other in OPPOSITES:
         for word, answer in ((one, other), (other, one)):
             for form in ("What is the opposite of {}?", "Name the opposite of {}."):
@@ -298,7 +294,12 @@ def open_target(rng: random.Random, held_out: bool) -> str:
         elif kind == "name":
             text = " ".join(_word(rng, held_out).capitalize() for _ in range(rng.choice((2, 2, 3))))
         elif kind == "number":
-            text = _number(rng, held_out)
+            text = rng.choice(NUMBERS).format(
+                n=rng.randrange(10 ** rng.randint(2, 5)),
+                year=rng.randint(1000, 2100),
+                small=rng.randrange(100),
+                word=_word(rng, held_out),
+            )
         else:
             text = rng.choice(PHRASES)
             while "{}" in text:
@@ -327,15 +328,6 @@ def _word(rng: random.Random, held_out: bool) -> str:
         letter = rng.choice(word)
         return word.replace(letter, letter.translate(ACCENTS), 1)
     return word
-
-
-def _number(rng: random.Random, held_out: bool) -> str:
-    return rng.choice(NUMBERS).format(
-        n=rng.randrange(10 ** rng.randint(2, 5)),
-        year=rng.randint(1000, 2100),
-        small=rng.randrange(100),
-        word=_word(rng, held_out),
-    )
 
 
 # --------------------------------------------------------------------------- the drawn benchmark
@@ -420,10 +412,8 @@ def drawn_samples(
         for scene, family in edits
     ]
     if len(edits) < count or not all(similar):
-        room = f"about {len(facts) // 2} fit"
-        raise ValueError(
-            f"the drawn world's {len(scenes)} scenes lack room for {count} edits; {room}"
-        )
+        scarce = f"{len(scenes)} scenes lack room for {count} edits; about {len(facts) // 2} fit"
+        raise ValueError(f"the drawn world's {scarce}")
     texts, samples = text_questions(), []
     for (scene, family), neighbors in zip(edits, similar, strict=True):
         trained = PHRASINGS[family][:-HELD_OUT]
@@ -521,10 +511,8 @@ def consistent_batches(samples: list[EditSample], size: int, rng) -> Iterator[li
             if len(batch) < size:
                 queue += rng.sample(range(len(samples)), len(samples))
         if len(batch) < size:
-            raise ValueError(
-                f"the {len(samples)} samples contradict one another in each batch of {size}; take "
-                "smaller batches"
-            )
+            reason = f"contradict one another in each batch of {size}; take smaller batches"
+            raise ValueError(f"the {len(samples)} samples {reason}")
         queue = skipped + queue
         yield batch
 
@@ -557,19 +545,12 @@ BENCHMARKS = {
 }
 
 
-class Files(NamedTuple):
-    """Annotation files and image folder of one data set."""
+def benchmark_files(data: str, root: Path | None = None, image_root: Path | None = None):
+    """Find (training file, evaluation file, image folder).
 
-    train: Path
-    eval: Path
-    images: Path
-
-
-def benchmark_files(data: str, root: Path | None = None, image_root: Path | None = None) -> Files:
-    """The files of a benchmark's name with its root, of a folder, or of one evaluation file.
-
-    A folder holds train.json, eval.json and images/; beside an evaluation file stands the training
-    file (eval in its name replaced by train). Raises FileNotFoundError or ValueError.
+    data: a benchmark's name, with its root; a folder of train.json, eval.json and images/; or one
+    evaluation file, beside which stands the training file (eval in its name replaced by train).
+    Raises FileNotFoundError or ValueError.
     """
     path = Path(data)
     if data in BENCHMARKS:
@@ -578,18 +559,19 @@ def benchmark_files(data: str, root: Path | None = None, image_root: Path | None
             raise ValueError(f"--data {data} needs --data-root, the folder of {known.eval}")
         present = [root / name for name in known.images if (root / name).is_dir()]
         images = present[0] if present else root / known.images[0]
-        files = Files(root / known.train, root / known.eval, image_root or images)
+        train_file, eval_file = root / known.train, root / known.eval
     elif path.suffix == ".json":
-        train = path.with_name(path.name.replace("eval", "train"))
-        files = Files(train, path, image_root or (root or path.parent) / "images")
+        train_file, eval_file = path.with_name(path.name.replace("eval", "train")), path
+        images = (root or path.parent) / "images"
     else:
-        files = Files(path / "train.json", path / "eval.json", image_root or path / "images")
-    if not files.eval.is_file():
+        train_file, eval_file, images = path / "train.json", path / "eval.json", path / "images"
+    images = image_root or images
+    if not eval_file.is_file():
         known = f"--data takes {', '.join(BENCHMARKS)}, a folder or a .json file"
-        raise FileNotFoundError(f"there is no annotation file {files.eval}; {known}")
-    if not files.images.is_dir():
-        raise FileNotFoundError(f"there is no image folder {files.images}; --image-root names it")
-    return files
+        raise FileNotFoundError(f"there is no annotation file {eval_file}; {known}")
+    if not images.is_dir():
+        raise FileNotFoundError(f"there is no image folder {images}; --image-root names it")
+    return train_file, eval_file, images
 
 
 def read_records(file: Path, image_root: Path, official: str | None = None) -> list[EditSample]:

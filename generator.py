@@ -9,7 +9,7 @@ In einsums: b batch, t sequence, d hidden, n experts, r rank, q queries, h heads
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -45,22 +45,13 @@ class CrossAttention(nn.Module):
     def __init__(self, state_dim: int, module_dim: int, value_dim: int, heads: int):
         super().__init__()
         if module_dim % heads or value_dim % heads:
-            raise ValueError(
-                f"heads={heads} must divide the module width {module_dim} and the value width "
-                f"{value_dim}"
-            )
+            raise ValueError(f"heads={heads} must divide the widths {module_dim} and {value_dim}")
         self.heads = heads
         self.to_query = nn.Linear(module_dim, module_dim)
         self.to_key = nn.Linear(state_dim, module_dim)
         self.to_value = nn.Linear(state_dim, value_dim)
 
-    def forward(
-        self,
-        queries: Tensor,
-        states: Tensor,
-        mask: Tensor | None = None,
-        places: Tensor | float = 0.0,
-    ) -> Tensor:
+    def forward(self, queries: Tensor, states: Tensor, mask=None, places=0.0) -> Tensor:
         """Attend with queries (B, Q, M) or (1, Q, M) to states (B, T, D) or (1, T, D).
 
         mask (B, T) is True where a state may be attended; places (B, T, M) are added to its key.
@@ -107,11 +98,7 @@ class ExpertGenerator(nn.Module):
                 attention.to_value.weight *= VALUE_SCALE
 
     def forward(
-        self,
-        states: Tensor,
-        mask: Tensor | None = None,
-        answer: Tensor | None = None,
-        embedded: Tensor | None = None,
+        self, states: Tensor, mask=None, answer=None, embedded=None
     ) -> tuple[Tensor, Tensor]:
         """Make U (B, R, D) and V (B, R, D) from states (B, T, D).
 
@@ -136,11 +123,9 @@ class ExpertGenerator(nn.Module):
     def _places(self, answer: Tensor) -> Tensor:
         """Give each row its place in the answer (B, T, M): zeros outside and behind the R-th."""
         number = answer.cumsum(1) * answer  # 0 outside of the answer
-        count = self.places.shape[1]
-        number = number.masked_fill(number > count, 0)
+        ranks = torch.arange(1, self.places.shape[1] + 1, device=answer.device)
         # A product, not an index: on a CPU the gradient of an index comes in random order.
-        chosen = F.one_hot(number, count + 1)[..., 1:].to(self.places.dtype)
-        return chosen @ self.places[0]
+        return (number[..., None] == ranks).to(self.places.dtype) @ self.places[0]
 
 
 def apply_experts(normed: Tensor, U: Tensor, V: Tensor, weights: Tensor) -> Tensor:
@@ -163,11 +148,6 @@ class Edit:
     target: str
     time: float  # seconds since the epoch
 
-    def __post_init__(self):
-        numbers = isinstance(self.id, int) and isinstance(self.time, (int, float))
-        if not (numbers and isinstance(self.prompt, str) and isinstance(self.target, str)):
-            raise ValueError(f"this is no record of an edit: {asdict(self)}")
-
 
 class ExpertRepository(nn.Module):
     """E_t = E_{t-1} + {(U, V, phi_hat, psi_hat)}: rows are appended, forgetting deletes one.
@@ -175,8 +155,6 @@ class ExpertRepository(nn.Module):
     The buffers are preallocated and grow by doubling, in single precision. A newer edit has a
     higher id; ids are never used again.
     """
-
-    TENSORS = ("U", "V", "visual_keys", "text_keys")
 
     def __init__(self, rank: int, hidden_size: int, slots: int, module_dim: int):
         super().__init__()
@@ -192,7 +170,7 @@ class ExpertRepository(nn.Module):
         return len(self.edits)
 
     def rows(self, name: str) -> Tensor:
-        """Return the rows in use of one of TENSORS, (N, ...)."""
+        """Return the rows in use of "U", "V", "visual_keys" or "text_keys", (N, ...)."""
         return getattr(self, f"_{name}")[: len(self.edits)]
 
     def add(self, tensors: dict[str, Tensor], edits: list[Edit]) -> None:
@@ -207,8 +185,12 @@ class ExpertRepository(nn.Module):
                 raise ValueError(f"{name} of new experts holds numbers that are not finite")
         start, end = len(self.edits), len(self.edits) + len(edits)
         with torch.inference_mode(False), torch.no_grad():
-            self._reserve(end)
-            for name in self.TENSORS:
+            for name, shape in self.shapes.items():
+                old = getattr(self, f"_{name}")
+                if len(old) < end:
+                    grown = old.new_empty(max(end, 2 * len(old), 16), *shape)
+                    grown[:start] = old[:start]
+                    setattr(self, f"_{name}", grown)
                 getattr(self, f"_{name}")[start:end] = tensors[name]
         self.edits.extend(edits)
         self.next_id = max([self.next_id, *(edit.id + 1 for edit in edits)])
@@ -220,27 +202,17 @@ class ExpertRepository(nn.Module):
             raise KeyError(f"there is no edit with id {edit_id!r}; editor.edits() lists them all")
         row = ids.index(edit_id)
         with torch.inference_mode(False), torch.no_grad():
-            behind = {name: self.rows(name)[row + 1 :].clone() for name in self.TENSORS}
+            behind = {name: self.rows(name)[row + 1 :].clone() for name in self.shapes}
             for name, rows in behind.items():
                 self.rows(name)[row:-1] = rows
         return self.edits.pop(row)
 
     def clear(self) -> None:
         """Delete all experts and free their memory."""
-        for name in self.TENSORS:
-            buffer = getattr(self, f"_{name}")
-            setattr(self, f"_{name}", torch.empty_like(buffer[:0]))
+        for name in self.shapes:
+            setattr(self, f"_{name}", self.rows(name)[:0].clone())
         self.edits = []
 
     def bytes_per_edit(self) -> int:
         """Return the memory of one row."""
         return 4 * sum(math.prod(shape) for shape in self.shapes.values())
-
-    def _reserve(self, count: int) -> None:
-        """Make room for `count` rows."""
-        for name in self.TENSORS:
-            old = getattr(self, f"_{name}")
-            if len(old) < count:
-                grown = old.new_empty(max(count, 2 * len(old), 16), *old.shape[1:])
-                grown[: len(self.edits)] = self.rows(name)
-                setattr(self, f"_{name}", grown)

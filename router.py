@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generator import CrossAttention, standardise
+from generator import CrossAttention
 
 IGNORE = -100  # the label of tokens that are no answer, by Hugging Face's convention
 # By how much, in logits of the routing losses, the filter must keep experts that count as edits of
@@ -32,31 +32,21 @@ class RowMasks(NamedTuple):
     prompt: Tensor
     answer: Tensor
 
-    def on(self, device: torch.device) -> "RowMasks":
-        """Move the masks to a device."""
-        return RowMasks(*(mask.to(device) for mask in self))
-
 
 def row_masks(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    image_token_id: int,
-    special_ids: Tensor,
+    ids: Tensor, mask: Tensor | None, labels: Tensor | None, image_token_id: int, special: Tensor
 ) -> RowMasks:
-    """Find the image, prompt and answer rows of input_ids (B, T).
+    """Find the image, prompt and answer rows of input ids (B, T).
 
     Answer rows are those whose label is not -100. Prompt rows are the other tokens behind the first
     image, or, where none follow, all text tokens but the leading special ones.
     """
-    attended = torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask is not None:
-        attended = attention_mask.bool()
-    image = (input_ids == image_token_id) & attended
+    attended = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    image = (ids == image_token_id) & attended
     answer = torch.zeros_like(image) if labels is None else labels != IGNORE
     text = attended & ~image & ~answer
     behind = text & (image.cumsum(1) > 0)
-    leading = (torch.isin(input_ids, special_ids) | ~attended).cumprod(1).bool()
+    leading = (torch.isin(ids, special) | ~attended).cumprod(1).bool()
     prompt = torch.where(behind.any(1, keepdim=True), behind, text & ~leading)
     return RowMasks(image, prompt, answer)
 
@@ -99,12 +89,6 @@ class FeatureExtractor(nn.Module):
         self.visual_image_attention = CrossAttention(*sizes)
         self.text_attention = CrossAttention(*sizes)
 
-    def standardise(self, prompt_rows: Tensor, image_rows: Tensor) -> None:
-        """Set the norms by rows (n, D): see `standardise`."""
-        standardise(self.visual_norm, image_rows)
-        standardise(self.visual_prompt_norm, prompt_rows)
-        standardise(self.text_norm, prompt_rows)
-
     def visual_query(self, prompt: Rows) -> Tensor:
         """Ask what the prompt wants of an image, (B, K, M): the inner attention of Eq. (3)."""
         states = self.visual_prompt_norm(prompt.states)
@@ -141,30 +125,18 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Both feature extractors, the vision sentinel, and the decisions."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        module_dim: int,
-        slots: int,
-        heads: int,
-        sentinel_tokens: int,
-        similarity: str = "cosine",
-        threshold: float | None = None,
-        newest_wins: bool = True,
-    ):
-        """Make a router.
+    def __init__(self, hidden_size: int, config):
+        """Make a router by the sizes and settings of a LiveEditConfig.
 
-        similarity: "cosine" (of each slot, then averaged over the slots) or "dot" (official form).
-        threshold: a fixed number for the visual hard filter; None: the learned sentinel's.
-        newest_wins: False is the plain soft router of the paper.
+        similarity "cosine" is of each slot, averaged over the slots; "dot" is the official form.
         """
         super().__init__()
-        self.cosine = similarity == "cosine"
-        self.threshold = threshold
-        self.newest_wins = newest_wins
-        self.edit_side = FeatureExtractor(hidden_size, module_dim, slots, heads)
-        self.input_side = FeatureExtractor(hidden_size, module_dim, slots, heads)
-        self.sentinel = nn.Parameter(torch.randn(1, sentinel_tokens, hidden_size))  # Theta
+        self.cosine = config.similarity == "cosine"
+        self.threshold, self.newest_wins = config.threshold, config.newest_wins
+        sizes = (hidden_size, config.module_dim, config.slots, config.heads)
+        self.edit_side = FeatureExtractor(*sizes)
+        self.input_side = FeatureExtractor(*sizes)
+        self.sentinel = nn.Parameter(torch.randn(1, config.sentinel_tokens, hidden_size))  # Theta
         # Cosines lie in [-1, 1]: the losses need them scaled to tell a match from a near miss.
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0))) if self.cosine else None
 
@@ -172,10 +144,6 @@ class Router(nn.Module):
         """Compute the edit-side phi_hat (B, K, M), of unit length for the cosine."""
         asked = self.edit_side.visual_query(prompt)
         return self._unit(self.edit_side.visual(asked, image))
-
-    def text_key(self, prompt: Rows) -> Tensor:
-        """Compute the edit-side psi_hat (B, K, M)."""
-        return self.edit_side.text(prompt)
 
     def features(self, prompt: Rows, image: Rows) -> Features:
         """Compute the input-side features."""
@@ -257,12 +225,6 @@ def soft_weights(scores: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept, torch.sigmoid(scores) * shares, 0.0)
 
 
-def nce(logits: Tensor, positive: Tensor) -> Tensor:
-    """Compute -log softmax at column positive (B,) of logits (B, N), the mean over rows."""
-    # Eq. (12): nce(a, b+, {b_j}) = -log( exp(a.b+) / sum_j exp(a.b_j) )
-    return F.cross_entropy(logits, positive)
-
-
 def hard_filter_loss(similar: Tensor, sentinel: Tensor, own: Tensor, in_scope: Tensor) -> Tensor:
     """Compute Eq. (13) for Q queries and B experts.
 
@@ -276,6 +238,8 @@ def hard_filter_loss(similar: Tensor, sentinel: Tensor, own: Tensor, in_scope: T
     logits = torch.cat([similar, sentinel[:, None]], dim=1)  # (Q, B + 1)
     last = torch.full_like(own, similar.shape[1])
     without_own = logits.scatter(1, own[:, None], -torch.inf)
+    # Eq. (12): nce(a, b+, {b_j}) = -log( exp(a.b+) / sum_j exp(a.b_j) ), the cross entropy
+    nce = F.cross_entropy
     # Eq. (13), and its third term
     loss = nce(logits[in_scope], own[in_scope]) + nce(without_own[in_scope], last[in_scope])
     if not in_scope.all():
@@ -294,5 +258,5 @@ def soft_router_losses(scores: Tensor, own: Tensor, negative: Tensor) -> tuple[T
     # Eq. (15): -log sigmoid(s_own) - log(1 - sigmoid(s_negative))
     l_sr1 = -(F.logsigmoid(own_score) + F.logsigmoid(-other_score)).mean()
     # Eq. (16): the own expert's key against the keys of all edits and of all locality samples
-    l_sr2 = nce(scores, own)
+    l_sr2 = F.cross_entropy(scores, own)
     return l_sr1, l_sr2

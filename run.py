@@ -37,16 +37,7 @@ import data
 from benchmarks.figure import draw_edits
 from benchmarks.updates import evaluate_updates, updates_table
 from data import LOCALITY_QUERIES, PORTABILITY, QUERY_NAMES, EditSample, Query
-from liveedit import (
-    EDIT,
-    GENERALITY,
-    HARD_LOCALITY,
-    LOCALITY,
-    LiveEdit,
-    LiveEditConfig,
-    Question,
-    States,
-)
+from liveedit import EDIT, GENERALITY, LOCALITY, LiveEdit, LiveEditConfig, Question
 from router import IGNORE, Rows
 
 SHORT_NAMES = {
@@ -58,27 +49,17 @@ ROLES = {
     "text_generality": GENERALITY,
     "modal_generality": GENERALITY,
     "modal_locality": LOCALITY,
-    "same_image": HARD_LOCALITY,
-    "similar_image": HARD_LOCALITY,
+    "same_image": LOCALITY,
+    "similar_image": LOCALITY,
 }
 # How an editor is trained where the command line does not say otherwise: models of 7B as in the
 # paper, with Adam; small ones (hidden size below SMALL_WIDTH) with Muon, on many edits a step.
-PAPER = {
-    "train_steps": 40_000,
-    "train_samples": 20_000,
-    "batch_size": 8,
-    "expert_batch_size": 8,
-    "learning_rate": 1e-4,
-}
+PAPER = {"train_steps": 40_000, "train_samples": 20_000, "learning_rate": 1e-4}
+PAPER |= {"batch_size": 8, "expert_batch_size": 8}
 PAPER_CUT = 10_000  # step at which the paper's learning rate falls to a tenth
-SMALL = {
-    "train_steps": 1000,
-    "train_samples": 14_000,
-    "batch_size": 128,
-    "expert_batch_size": 32,
-    # At twice this rate experts stop to act where the first token is said: their gates die.
-    "learning_rate": 1.5e-3,
-}
+# At twice this rate experts stop to act where the first token is said: their gates die.
+SMALL = {"train_steps": 1000, "train_samples": 14_000, "learning_rate": 1.5e-3}
+SMALL |= {"batch_size": 128, "expert_batch_size": 32}
 SMALL_WIDTH = 1024
 # Hidden numbers per token of the experts of a small model's training step: the wider the model, the
 # fewer experts, down to the paper's, and samples in proportion. Steps then take about as long.
@@ -119,7 +100,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     how("--rank", type=int, help="rank of an expert (default 4; small models 12)")
     how("--similarity", choices=("cosine", "dot"), help="of the visual filter (default cosine)")
     how("--threshold", type=float, help="of the visual filter (default the learned sentinel's)")
-    how("--blend", action="store_true", help="the paper's plain soft router: newest does not win")
+    how(
+        "--blend",
+        action="store_true",
+        default=None,
+        help="the paper's plain soft router: newest does not win",
+    )
     training = parser.add_argument_group("its training (defaults by the model's size)").add_argument
     training("--train-steps", type=int)
     training("--train-samples", type=int, help="of the drawn world")
@@ -146,7 +132,7 @@ def wrong_options(options: argparse.Namespace) -> str | None:
         value = getattr(options, name)
         if value is not None and not value >= smallest:
             return f"--{name.replace('_', '-')} must be at least {smallest}, not {value}"
-    for name in ("layer", "rank", "similarity", *PAPER):
+    for name in ("layer", "rank", "similarity", "threshold", "blend", *PAPER):
         if options.editor and getattr(options, name) is not None:
             return f"--{name.replace('_', '-')} belongs to a training, but --editor is trained"
     if options.editor and options.resume:
@@ -187,11 +173,12 @@ def load_samples(options: argparse.Namespace) -> tuple[list[EditSample], list[Ed
         count = 0 if options.editor else options.train_samples
         return data.drawn_training(count, options.seed), stream
     files = data.benchmark_files(options.data, options.data_root, options.image_root)
-    if not options.editor and files.train == files.eval:
+    train_file, eval_file, images = files
+    if not options.editor and train_file == eval_file:
         raise ValueError(f"{options.data} has no eval in its name to find a training file by")
     official = options.data if options.prompt_style == "official" else None
-    train = [] if options.editor else data.read_records(files.train, files.images, official)
-    stream = data.read_records(files.eval, files.images, official)
+    train = [] if options.editor else data.read_records(train_file, images, official)
+    stream = data.read_records(eval_file, images, official)
     stream = random.Random(options.seed).sample(stream, min(options.edits, len(stream)))
     if options.exclude_leaks:
         train, left_out = data.without_leaks(train, stream)
@@ -205,8 +192,7 @@ def load_model(name: str, device: str, dtype: str):
     """Load model and processor by the plain Hugging Face way."""
     name = SHORT_NAMES.get(name, name)
     if device == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        device = "cuda" if on_gpu(device) else mps
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         processor = AutoProcessor.from_pretrained(name)
     except (ImportError, AttributeError) as error:  # from deep inside, where a package is missing
@@ -251,13 +237,10 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
         empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
     config, width = config_for(empty, options), empty.config.get_text_config().hidden_size
     layer = LiveEdit(empty, None, config).config.layer  # raises if it cannot be edited there
-    defaults, experts = training_defaults(width), options.expert_batch_size
+    defaults = training_defaults(width)
     for key, value in (defaults | {"eval_batch_size": max(4, 2**14 // width)}).items():
         if getattr(options, key) is None:
             setattr(options, key, value)
-    if experts and experts > options.batch_size:
-        batch = options.batch_size
-        raise ValueError(f"--expert-batch-size {experts} is more than a batch of {batch}")
     samples, stream = load_samples(options)
     if samples:
         options.batch_size = min(options.batch_size, len(samples) // PROCESSES)
@@ -277,9 +260,7 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
         print("the model is in float16: gradients above the edit layer are scaled by 1024")
     if not options.editor:
         return LiveEdit(model, processor, config), samples, stream
-    changes = {"newest_wins": False} if options.blend else {}
-    changes |= {} if options.threshold is None else {"threshold": options.threshold}
-    editor = LiveEdit.from_pretrained(model, processor, options.editor, **changes)
+    editor = LiveEdit.from_pretrained(model, processor, options.editor)
     if editor.config.prompt_style != options.prompt_style:
         raise ValueError(f"{options.editor} needs --prompt-style {editor.config.prompt_style}")
     return editor, samples, stream
@@ -297,9 +278,8 @@ def all_processes(device: str):
     if on_gpu(device):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu(device) else "gloo")
-    with open(os.devnull, "w") as nowhere:
-        with contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
-            yield
+    with open(os.devnull, "w") as file, contextlib.redirect_stdout(file if RANK else sys.stdout):
+        yield
     dist.destroy_process_group()  # not after an error: the others may wait for this process
 
 
@@ -346,15 +326,14 @@ class TrainingSet:
         self.states = None
         counts = [len(names) for names in self.names]
         if sum(counts) * row.nbytes * 1.5 < CACHE_BYTES:
-            self.states, self.texts = self._capture(
-                samples, partial(bar_of, desc="training states")
-            )
+            progress = partial(bar_of, desc="training states")
+            self.states, self.texts = self._capture(samples, progress)
             has_text = [int("text_locality" in sample.queries) for sample in samples]
             # Of each sample, the rows in states and in texts.
             self.rows = torch.arange(sum(counts)).split(counts)
             self.text_rows = torch.arange(sum(has_text)).split(has_text)
 
-    def _capture(self, samples: list[EditSample], progress) -> tuple[States, Rows | None]:
+    def _capture(self, samples: list[EditSample], progress) -> tuple:
         texts = [s.queries["text_locality"] for s in samples if "text_locality" in s.queries]
         states = self.editor.capture(pictured_questions(samples), self.batch_size, progress)
         if not texts:
@@ -362,7 +341,7 @@ class TrainingSet:
         text = self.editor.capture([question(t) for t in texts], self.batch_size, above=False)
         return states, Rows.gather(text.hidden, text.masks.prompt)
 
-    def batch(self, chosen: list[int]) -> tuple[States, Tensor, Tensor, Rows | None]:
+    def batch(self, chosen: list[int]) -> tuple:
         """Give states, roles and owners of the pictured rows, and rows of text-only prompts."""
         device = self.editor.norm.weight.device
         if self.states is None:
@@ -482,9 +461,8 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
             for optimizer, rate in zip(optimizers, rates, strict=True):
                 factor = rate_factor(step, options.train_steps, small)
                 optimizer.param_groups[0]["lr"] = rate * factor
-            losses = editor.training_losses(
-                *training_set.batch(next(batches)), expert_batch_size=options.expert_batch_size
-            )
+            batch = training_set.batch(next(batches))
+            losses = editor.training_losses(*batch, options.expert_batch_size)
             editor.zero_grad()
             losses["total"].backward()
             average_gradients(list(editor.parameters()))
@@ -586,11 +564,9 @@ def answer_batch(editor: LiveEdit, queries: list[Query], longest: int) -> list[A
     predictions = editor.model(**inputs, use_cache=False).logits[:, -tail - 1 :].argmax(-1)
     made = editor.model.generate(**asked, max_new_tokens=longest, do_sample=False)
     texts = editor.processor.batch_decode(made[:, shape[1] - tail :], skip_special_tokens=True)
-    used = editor.explain(asked)
+    rows = zip(labels[:, -tail:], predictions, texts, editor.explain(asked), strict=True)
     answers = []
-    for row, predicted, text, edits in zip(
-        labels[:, -tail:], predictions, texts, used, strict=True
-    ):
+    for row, predicted, text, edits in rows:
         length = int((row != IGNORE).sum()) - 1  # without the end of the answer
         weights = {edit["id"]: edit["weight"] for edit in edits}
         tokens = predicted[:length].tolist(), row[:length].tolist()

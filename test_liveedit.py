@@ -7,7 +7,6 @@ loud. Behaviour is tested with an editor trained here for some seconds.
 
 import contextlib
 import copy
-import io
 import json
 import math
 import os
@@ -18,10 +17,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU, whatever the machine has
 
@@ -49,7 +48,6 @@ from generator import (
 )
 from liveedit import EDIT, GENERALITY, LOCALITY, LiveEdit, LiveEditConfig, Question, States
 from router import (
-    FeatureExtractor,
     Router,
     Routing,
     Rows,
@@ -138,56 +136,29 @@ def mixed_rows(editor: LiveEdit, pictured: list[tuple], texts: list[str]) -> dic
 
 # ---------------------------------------------------------------------------- generator and router
 
-# fmt: off
 GOLDEN = {  # numbers of the official modules with weights by the formula of `fill`
-    "U": [
-        0.0353027, -0.01053765, -0.01673184, -0.00028475, -0.04993529, -0.03197528, 0.03710421,
-        -0.01173293, -0.01708813, -0.00193854, -0.04815663, -0.03247208, 0.03570699, -0.01077802,
-        -0.01684549, -0.0004498, -0.04979077, -0.03198497],
-    "V": [
-        0.00650326, -0.02784757, -0.05914669, -0.00345538, -0.04267574, -0.03917223, 0.00668902,
-        -0.02830034, -0.058785, -0.00297115, -0.04206376, -0.04039641, 0.00661372, -0.02783014,
-        -0.05927822, -0.00353836, -0.04267153, -0.03909434],
-    "visual_similarity": [
-        0.35805993, 0.35404209, 0.32464034],
-    "sentinel_similarity": [
-        0.33574161],
-    "text_similarity": [
-        0.26023561, 0.26119052, 0.34076882],
-    "weights": [
-        0.2822123, 0.28259933, 0],
-    "residual": [
-        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.00136484, -0.00523396, -0.010768, -0.00047959,
-        -0.0079005, -0.00714167, 0, 0, 0, 0, 0, 0, 0.00164352, -0.00630593, -0.01297393,
-        -0.00057826, -0.00951767, -0.00860655],
+    "U": [0.0353027, -0.01053765, -0.01673184, -0.00028475, -0.04993529, -0.03197528],
+    "V": [0.00650326, -0.02784757, -0.05914669, -0.00345538, -0.04267574, -0.03917223],
+    "visual_similarity": [0.35805993, 0.35404209, 0.32464034],
+    "sentinel_similarity": [0.33574161],
+    "text_similarity": [0.26023561, 0.26119052, 0.34076882],
+    "weights": [0.2822123, 0.28259933],
+    "residual": [0.00136484, -0.00523396, -0.010768, -0.00047959, -0.0079005, -0.00714167],
 }
-# fmt: on
 
 
-def fill(parameter: torch.Tensor, number: int) -> None:
-    values = 0.3 * torch.sin(0.37 * torch.arange(parameter.numel(), dtype=torch.float64) + number)
-    parameter.data = values.view(parameter.shape)
+def fill(number: int, *parts) -> None:
+    """Give parameters, in this order, the values that those of the official modules had."""
+    for part in parts:
+        for parameter in part.parameters() if isinstance(part, torch.nn.Module) else [part]:
+            wave = 0.37 * torch.arange(parameter.numel(), dtype=torch.float64) + number
+            parameter.data = 0.3 * torch.sin(wave).view(parameter.shape)
+            number += 1
 
 
-def fill_attention(attention: CrossAttention, number: int) -> None:
-    for i, layer in enumerate((attention.to_query, attention.to_key, attention.to_value)):
-        fill(layer.weight, number + 2 * i)
-        fill(layer.bias, number + 2 * i + 1)
-
-
-def fill_block(norm, queries, number: int) -> None:
-    fill(norm.weight, number)
-    fill(norm.bias, number + 1)
-    fill(queries, number + 2)
-
-
-def fill_extractor(side: FeatureExtractor, number: int) -> None:
-    fill_block(side.visual_norm, side.visual_queries, number)
-    fill_block(side.visual_prompt_norm, side.visual_queries, number)
-    fill_block(side.text_norm, side.text_queries, number + 15)
-    fill_attention(side.visual_prompt_attention, number + 3)
-    fill_attention(side.visual_image_attention, number + 9)
-    fill_attention(side.text_attention, number + 18)
+def small_config(**changes) -> LiveEditConfig:
+    settings = {"module_dim": 8, "heads": 2, "slots": 1, "sentinel_tokens": 4}
+    return LiveEditConfig(**settings | changes)
 
 
 def golden_rows(wave, length: int, step: float, shift: float) -> Rows:
@@ -199,28 +170,27 @@ def test_agrees_with_the_official_modules():
     prompts = [golden_rows(torch.sin, 5, *p) for p in ((0.61, 0), (0.43, 1), (0.97, 5))]
     images = [golden_rows(torch.cos, 4, *p) for p in ((0.29, 0), (0.53, 1), (1.21, 5))]
     generator = ExpertGenerator(6, 8, 3, heads=2, gain=0.2).double()
-    for number, side in ((1, "U"), (2, "V")):
-        fill_block(
-            getattr(generator, f"norm_{side}"), getattr(generator, f"queries_{side}"), number
-        )
-        fill_attention(getattr(generator, f"attention_{side}"), number + 3)
-    router = Router(6, 8, 2, 2, 4, similarity="dot", newest_wins=False).double()
-    fill_extractor(router.edit_side, 0)
-    fill_extractor(router.input_side, 38)
-    fill(router.sentinel, 62)
+    fill(1, generator.norm_U, generator.queries_U, generator.attention_U)
+    fill(2, generator.norm_V, generator.queries_V, generator.attention_V)
+    router = Router(6, small_config(slots=2, similarity="dot", newest_wins=False)).double()
+    for side, number in ((router.edit_side, 0), (router.input_side, 38)):
+        visual = (side.visual_norm, side.visual_queries, side.visual_prompt_attention)
+        text = (side.text_norm, side.text_queries, side.text_attention)
+        fill(number, *visual, side.visual_image_attention, *text)
+        fill(number, side.visual_prompt_norm)
+    fill(62, router.sentinel)
     U, V = generator(torch.cat([p.states for p in prompts]))
     pairs = list(zip(prompts, images, strict=True))
     visual_keys = torch.cat([router.visual_key(p, i) for p, i in pairs])
-    text_keys = torch.cat([router.text_key(p) for p in prompts])
+    text_keys = torch.cat([router.edit_side.text(p) for p in prompts])
     features = router.features(prompts[0], images[0])
     routing = router.route(features, visual_keys, text_keys)
     kept = routing.experts
     normed = F.layer_norm(prompts[0].states, (6,))
-    ours = {"U": U[0], "V": V[0], "visual_similarity": routing.similarity}
-    ours |= {"sentinel_similarity": routing.threshold}
+    ours = {"U": U[0, 0], "V": V[0, 0], "visual_similarity": routing.similarity}
+    ours |= {"sentinel_similarity": routing.threshold, "weights": routing.weights}
     ours |= {"text_similarity": text_similarity(features.text, text_keys)}
-    ours |= {"weights": F.pad(routing.weights, (0, 1))}
-    ours |= {"residual": apply_experts(normed, U[kept], V[kept], routing.weights)}
+    ours |= {"residual": apply_experts(normed, U[kept], V[kept], routing.weights)[0, 2]}
     assert kept.tolist() == [0, 1]
     for name, numbers in GOLDEN.items():
         assert_close(ours[name].flatten(), torch.tensor(numbers, dtype=torch.float64), 1e-6)
@@ -242,23 +212,11 @@ def test_attention_is_that_of_formed_keys_and_values(rows):
     assert_close(attention(queries, states, mask, places), naive, 1e-5)
 
 
-def test_apply_experts_is_the_double_loop_and_ignores_their_order():
-    h, w = torch.randn(2, 5, 8), torch.rand(2, 3)
-    U, V = torch.randn(2, 3, 4, 8)
-    naive = torch.zeros_like(h)
-    for b in range(2):
-        for e in range(3):
-            naive[b] += w[b, e] * torch.relu(h[b] @ U[e].T) @ V[e]
-    order = torch.tensor([2, 0, 1])
-    assert_close(apply_experts(h, U, V, w), naive, 1e-4)
-    assert_close(apply_experts(h, U[order], V[order], w[:, order]), naive, 1e-4)
-
-
 def test_ablated_weights_are_what_their_rows_say():
     scores, used = torch.tensor([[2.0, 1.0, 3.0]]), torch.tensor([[True, True, False]])
     full = soft_weights(scores, used)
     routing = Routing(torch.tensor([[0.9, 0.5, 0.7]]), torch.zeros(1), torch.arange(3), full)
-    router = Router(8, 8, 1, 1, 2)
+    router = Router(8, small_config())
     asked = (router, routing, scores, used)
     assert_close(ablations.mean(*asked), torch.tensor([[0.5, 0.5, 0.0]]), 1e-6)
     alone = 1 / (1 + math.exp(-2.0))
@@ -269,21 +227,8 @@ def test_ablated_weights_are_what_their_rows_say():
     assert_close(ablations.by_picture(*asked), torch.tensor([[share, 1 - share, 0.0]]), 1e-5)
 
 
-def test_soft_weights_is_the_loop_and_drops_the_dropped():
-    scores = torch.randn(3, 5)
-    kept = torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 1, 0], [0, 0, 0, 0, 0]]).bool()
-    weights = soft_weights(scores, kept)
-    for b in range(3):
-        total = sum(math.exp(scores[b, e]) for e in range(5) if kept[b, e])
-        for e in range(5):
-            expected = 0.0
-            if kept[b, e]:
-                expected = math.exp(scores[b, e]) / total / (1 + math.exp(-scores[b, e]))
-            assert weights[b, e].item() == pytest.approx(expected, abs=1e-6)
-
-
 def test_the_filter_keeps_exactly_what_lies_above_the_sentinel():
-    router = Router(8, 8, 2, 2, 3, newest_wins=False)
+    router = Router(8, small_config(slots=2, newest_wins=False))
     features = router.features(Rows(torch.randn(4, 5, 8), None), Rows(torch.randn(4, 6, 8), None))
     keys = F.normalize(torch.randn(50, 2, 8), dim=-1)
     routing = router.route(features, keys, torch.randn(50, 2, 8))
@@ -297,15 +242,11 @@ def test_the_filter_keeps_exactly_what_lies_above_the_sentinel():
     assert (router.route(features, keys, keys).threshold == 0.5).all()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_of_one_fact_the_newest_counts_and_the_rest_is_weighed_as_ever(seed):
-    rng = random.Random(seed)
-    same = torch.tensor([[rng.random() < 0.4 for _ in range(6)] for _ in range(8)])
-    lost = superseded(same)
-    for row, dropped in zip(same.tolist(), lost.tolist(), strict=True):
-        newest = max((i for i, is_same in enumerate(row) if is_same), default=None)
-        assert dropped == [is_same and i != newest for i, is_same in enumerate(row)]
-    router = Router(8, 8, 1, 2, 3)
+def test_of_one_fact_the_newest_counts_and_the_rest_is_weighed_as_ever():
+    same = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]).bool()
+    older = [[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+    assert superseded(same).long().tolist() == older
+    router = Router(8, small_config())
     router.threshold = 0.0
     features = router.features(Rows(torch.randn(1, 5, 8), None), Rows(torch.randn(1, 6, 8), None))
     near, text = features.visual, 20 * features.text  # of one fact: clearly kept, and relevant
@@ -340,15 +281,6 @@ def test_routing_losses_are_the_equations():
     assert_close(l_sr2, second, 1e-5)
 
 
-def test_masked_rows_change_nothing():
-    generator, extractor = ExpertGenerator(8, 8, 2, 2, 1.0), FeatureExtractor(8, 8, 2, 2)
-    states, mask = torch.randn(1, 6, 8), torch.tensor([[0, 1, 1, 0, 1, 0]]).bool()
-    short, rows = states[mask][None], Rows.gather(states, mask)
-    assert_close(torch.cat(generator(states, mask)), torch.cat(generator(short)), 1e-5)
-    assert_same(rows.states, short)
-    assert_close(extractor.text(Rows(states, mask)), extractor.text(rows), 1e-5)
-
-
 def test_an_untrained_generator_copies_the_answer_token_by_token():
     generator, states = ExpertGenerator(32, 32, 4, 2, 1.0), torch.randn(1, 9, 32)
     answer = torch.arange(9)[None] >= 5
@@ -365,13 +297,7 @@ def test_an_untrained_generator_copies_the_answer_token_by_token():
     assert torch.isfinite(torch.cat(generator(longer, rows >= 2, rows >= 5))).all()
 
 
-def test_standardised_norms_see_no_channel_that_is_large_or_constant():
-    rows = torch.randn(500, 8) * torch.tensor([1, 1, 1, 1, 1, 1, 0.2, 30])
-    rows[:, 5] += 20
-    norm = torch.nn.LayerNorm(8)
-    standardise(norm, rows)
-    assert_close(norm(rows).mean(0), torch.zeros(8), 1e-4)
-    assert_close(norm(rows).std(0), torch.ones(8), 1e-3)
+def test_a_constant_channel_is_not_blown_up():
     sign = torch.randn(500, 1).sign()
     constant = torch.zeros(500, 4)  # in its last two channels, before and behind the norm
     constant[:, :2] = torch.cat([sign, -sign], dim=1)
@@ -434,6 +360,8 @@ def test_the_repository_is_a_list_of_experts_under_random_use(seed):
                 assert_same(row, expected[name])
     with pytest.raises(ValueError, match="must be"):
         repository.add({name: tensor[:0] for name, tensor in rows.items()}, edits)
+    with pytest.raises(ValueError, match="not finite"):
+        repository.add({name: tensor * math.nan for name, tensor in rows.items()}, edits)
     repository.clear()
     assert len(repository) == 0 and repository.next_id > edits[-1].id
 
@@ -494,9 +422,11 @@ def test_detached_and_disabled_are_bit_equal_and_foreign_hooks_survive(base):
     editor.attach()
     with pytest.raises(RuntimeError, match="attached already"):
         editor.attach()
+    other = strong_editor(load_tiny(), processor)
     editor.edit_many(questions(3))
     edited = logits_of(editor, inputs)
     assert not torch.equal(edited, original), "the edits changed nothing"
+    assert_same(logits_of(other, inputs), original)  # editors on two models do not meet
     with pytest.raises(ZeroDivisionError), editor.disabled():
         assert_same(logits_of(editor, inputs), original)
         1 / 0  # noqa: B018
@@ -516,16 +446,6 @@ def test_detached_and_disabled_are_bit_equal_and_foreign_hooks_survive(base):
     model.lm_head.weight.requires_grad_(True)
     for handle in foreign:
         handle.remove()
-
-
-def test_unedited_rows_of_a_mixed_batch_are_bit_equal(editor):
-    editor.edit_many(questions(3))
-    inputs = mixed_rows(editor, [(picture(), "What?"), (picture(1), "Describe it.")], [TEXT, "Hm?"])
-    with editor.disabled():
-        original = logits_of(editor, inputs)
-    edited = logits_of(editor, inputs)
-    assert_same(edited[2:], original[2:])
-    assert not torch.equal(edited[0], original[0]) and not torch.equal(edited[1], original[1])
 
 
 def test_exceptions_and_interrupts_leave_no_route_behind(editor):
@@ -558,19 +478,6 @@ def test_without_edits_nothing_is_refused(editor):
             outputs.append(editor.model(inputs_embeds=embeddings, past_key_values=cache).logits)
     assert_same(outputs[0], outputs[2])
     assert_same(outputs[1], outputs[3])
-    editor.edit_many(questions(1))
-    with pytest.raises(RuntimeError, match="whole prompt"):
-        editor.model(input_ids=more, past_key_values=cache)
-
-
-def test_two_editors_on_two_models_do_not_meet(base):
-    one, two = strong_editor(*base), strong_editor(load_tiny(), base[1])
-    inputs = one.encode(picture(), QUESTIONS[0])
-    original = logits_of(two, inputs)
-    one.edit(picture(), QUESTIONS[0], "heart")
-    assert_same(logits_of(two, inputs), original)
-    with pytest.raises(RuntimeError, match="attached already"):
-        LiveEdit(base[0], base[1], LiveEditConfig(module_dim=64))
 
 
 def test_copies_of_a_hooked_model_are_refused_in_a_sentence(editor):
@@ -596,6 +503,10 @@ def test_a_batch_is_its_rows_one_by_one_with_padding_on_either_side(editor):
     order = torch.argsort(left["attention_mask"], dim=1, descending=True, stable=True)
     right = left | {key: left[key].gather(1, order) for key in ("input_ids", "attention_mask")}
     from_left, from_right = logits_of(editor, left), logits_of(editor, right)
+    with editor.disabled():
+        original = logits_of(editor, left)
+    assert_same(from_left[-1], original[-1])
+    assert not any(torch.equal(from_left[row], original[row]) for row in range(3))
     for row, one in enumerate([*asked, (None, TEXT)]):
         alone = logits_of(editor, editor.encode(*one))[0]
         assert_close(from_left[row, -len(alone) :], alone)
@@ -679,30 +590,18 @@ def test_a_second_call_never_sees_the_first_ones_route(editor):
     assert_close(logits_of(editor, longer, use_cache=False), anew, 1e-4)  # another prompt
 
 
-class During(transformers.LogitsProcessor):
-    """Does something between two tokens."""
-
-    def __init__(self, act):
-        self.act, self.steps = act, 0
-
-    def __call__(self, ids, scores):
-        self.steps += 1
-        if self.steps == 2:
-            self.act()
-        return scores
-
-
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_generation_that_has_begun_is_not_touched(editor, cache):
-    inputs, settings = (
-        editor.encode(picture(), QUESTIONS[0]),
-        {"max_new_tokens": 6, "do_sample": False},
-    )
+    inputs = editor.encode(picture(), QUESTIONS[0])
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "use_cache": cache}
 
     def generate(act=lambda: None):
-        return editor.model.generate(
-            **inputs, **settings, min_new_tokens=6, use_cache=cache, logits_processor=[During(act)]
-        )
+        def between(ids, scores):
+            if ids.shape[1] == inputs["input_ids"].shape[1] + 1:
+                act()
+            return scores
+
+        return editor.model.generate(**inputs, **settings, logits_processor=[between])
 
     unedited = generate()
     assert_same(generate(lambda: editor.edit_many(questions(2))), unedited)
@@ -780,8 +679,10 @@ def test_hidden_states_are_told_as_later_layers_get_them(base):
         layers, layer = model.get_decoder().layers, editor.config.layer
         layers[layer + 1].register_forward_pre_hook(lambda m, a, got=got: got.update(x=a[0]))
         inputs = editor.encode(picture(), QUESTIONS[0])
-        told = model(**inputs, output_hidden_states=True).hidden_states[layer + 1]
-        assert_same(told, got["x"])
+        told = model(**inputs, output_hidden_states=True)
+        assert_same(told.hidden_states[layer + 1], got["x"])
+    model.compile(backend="eager")  # in place
+    assert_close(logits_of(editor, inputs), told.logits)
 
 
 def test_global_modes_change_neither_dtypes_nor_promises(base):
@@ -811,39 +712,21 @@ def test_global_modes_change_neither_dtypes_nor_promises(base):
     )
 
 
-def test_a_model_compiled_in_place_is_edited_alike(base):
-    model = load_tiny()
-    editor = strong_editor(model, base[1])
+def test_threads_ask_edit_and_forget_at_once(editor):
     inputs = editor.encode(picture(), QUESTIONS[0])
-    editor.edit_many(questions(2))
-    expected = logits_of(editor, inputs)
-    model.compile(backend="eager")
-    assert_close(logits_of(editor, inputs), expected)
-
-
-def test_threads_ask_edit_and_forget_at_once(base):
-    editor = strong_editor(*base)
-    inputs, failures = editor.encode(picture(), QUESTIONS[0]), []
-    with editor.disabled():
-        original = logits_of(editor, inputs)
+    original = logits_of(editor, inputs)
 
     def work(number):
-        try:
-            for _ in range(4):
-                edit = editor.edit_many(questions(1, number))[0]
-                assert logits_of(editor, inputs).isfinite().all()
-                with editor.disabled():
-                    assert_same(logits_of(editor, inputs), original)
-                assert editor.forget(edit.id) == edit
-        except BaseException as error:  # told by the main thread
-            failures.append(error)
+        for _ in range(4):
+            edit = editor.edit_many(questions(1, number))[0]
+            assert logits_of(editor, inputs).isfinite().all()
+            with editor.disabled():
+                assert_same(logits_of(editor, inputs), original)
+            assert editor.forget(edit.id) == edit
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures and not editor.edits()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert not editor.edits()
     assert_same(logits_of(editor, inputs), original)
 
 
@@ -852,7 +735,7 @@ def test_threads_ask_edit_and_forget_at_once(base):
 
 def test_edits_in_batches_make_the_same_experts(editor):
     editor.edit_many(questions(5))
-    together = {name: editor.experts.rows(name).clone() for name in editor.experts.TENSORS}
+    together = {name: editor.experts.rows(name).clone() for name in editor.experts.shapes}
     editor.reset()
     for question in questions(5):
         editor.edit(*question)
@@ -904,38 +787,30 @@ def test_saving_and_loading(base, tmp_path, monkeypatch):
     editor.edit_many(questions(2, 2))
     newer = logits_of(editor, inputs)
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    def load() -> LiveEdit:
+        return LiveEdit.from_pretrained(load_tiny(), base[1], folder)
 
     for step in ("fsync", "replace"):  # before the newer file takes the older one's place
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(liveedit.os, step, killed)
+            patch.setattr(liveedit.os, step, Mock(side_effect=KeyboardInterrupt))
             editor.save_pretrained(folder)
-        editor.detach()
-        loaded = LiveEdit.from_pretrained(*base, folder)
-        assert_same(logits_of(loaded, inputs), older)
-        loaded.detach()
-        editor.attach()
+        assert_same(logits_of(load(), inputs), older)
     forgotten = editor.edit(*questions(1, 7)[0])
     editor.forget(forgotten.id)
     editor.save_pretrained(folder)
     assert stamp == (folder / "networks.safetensors").stat().st_mtime_ns, "written twice"
-    editor.detach()
-    loaded = LiveEdit.from_pretrained(*base, folder)
+    loaded = load()
     assert_same(logits_of(loaded, inputs), newer)
     assert loaded.edits() == editor.edits() and loaded.trained_steps == 1
     assert loaded.edit(*questions(1)[0]).id == forgotten.id + 1, "an id was used again"
-    loaded.detach()
-    changed = LiveEdit.from_pretrained(*base, folder, threshold=1.0, newest_wins=True)
-    assert not torch.equal(logits_of(changed, inputs), newer) and changed.config.newest_wins
-    changed.save_pretrained(folder)  # the same editor with other settings
-    changed.detach()
-    changed = LiveEdit.from_pretrained(*base, folder)
-    assert changed.config.newest_wins and changed.config.threshold == 1.0
     with torch.no_grad():
-        changed.norm.bias += 1
+        editor.norm.bias += 1
     with pytest.raises(RuntimeError, match="another editor"):
-        changed.save_pretrained(folder)
+        editor.save_pretrained(folder)
+    with torch.no_grad():
+        editor.norm.bias += math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        editor.save_pretrained(folder)
 
 
 def test_experts_alone_travel_to_the_same_editor_and_to_no_other(base, tmp_path):
@@ -961,50 +836,32 @@ def test_experts_alone_travel_to_the_same_editor_and_to_no_other(base, tmp_path)
 # ----------------------------------------------------------------------------------- model inputs
 
 
-class FakeProcessor:
-    """A processor of the tiny LLaVA's, with another tokenizer or chat template."""
-
-    def __init__(self, processor, **changes):
-        self.processor, self.changes = processor, changes
-
-    def __getattr__(self, name):
-        return self.changes[name] if name in self.changes else getattr(self.processor, name)
-
-    def __call__(self, **inputs):
-        return self.processor(**inputs)
-
-    def apply_chat_template(self, turns, **settings):
-        tokenizer = copy.deepcopy(self.processor.tokenizer)
-        tokenizer.chat_template = self.changes["chat_template"]
-        return tokenizer.apply_chat_template(turns, tokenize=False, **settings)
-
-
 def targets_of(editor: LiveEdit, *question) -> list[str]:
     labels = editor.encode(*question)["labels"][0]
     ids = [i for i in labels.tolist() if i != -100]
     return editor.processor.tokenizer.convert_ids_to_tokens(ids)
 
 
-def test_a_target_has_the_tokens_that_it_has_behind_its_prompt(base):
+PARTS = "{% for m in messages %}{% for p in m['content'] %}"
+PARTS += "{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}{% endfor %}"
+CHATML = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+
+
+def test_a_target_has_the_tokens_that_it_has_behind_its_prompt(base, monkeypatch):
     model, processor = base
-    chatml = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
-    chatml += "{{ 'assistant\n' }}"
-    parts = "{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>"
-    parts += "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}"
-    for template, first in (
-        (parts + " A:", "Ġ"),
-        (chatml, "d"),
-        (parts + "{{ '\n' }}", "d"),
-        (parts + "<s>", "d"),
-    ):
-        editor = strong_editor(model, FakeProcessor(processor, chat_template=template))
+    breaks = "{{ '\\n' }}"  # templates lose a last line break that stands for itself
+    ends = {PARTS + " A:": "Ġ", CHATML + "assistant" + breaks: "d", PARTS + breaks: "d"}
+    ends[PARTS + "<s>"] = "d"
+    for template, first in ends.items():
+        monkeypatch.setattr(processor, "chat_template", template)
+        editor = strong_editor(model, processor)
         tokens = targets_of(editor, picture(), "What?", "dog")
         assert tokens[0].startswith(first), (template, tokens)
         assert "".join(tokens).strip("Ġ") == "dog</s>"
         editor.detach()
-    broken = FakeProcessor(processor, chat_template="{{ messages[0]['role'] }}")
+    monkeypatch.setattr(processor, "chat_template", "{{ messages[0]['role'] }}")
     with pytest.raises(ValueError, match="does not render"):
-        strong_editor(model, broken).encode(picture(), "What?")
+        strong_editor(model, processor).encode(picture(), "What?")
 
 
 def llama_tokenizer() -> PreTrainedTokenizerFast:
@@ -1038,20 +895,15 @@ def test_llamas_tokenizer_gives_no_lone_space(base):
 
 
 def test_bos_is_stripped_from_a_template_only_where_the_tokenizer_adds_one(base):
-    model, processor = base
-    template = "<s>{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}"
-    template += "<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endfor %} A:"
     for adds in (True, False):
-        inner = copy.deepcopy(processor)
+        processor = copy.deepcopy(base[1])
+        processor.chat_template, tokenizer = "<s>" + PARTS + " A:", processor.tokenizer
         if not adds:
-            inner.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(
-                trim_offsets=False
-            )
-        editor = strong_editor(model, FakeProcessor(inner, chat_template=template))
+            plain = processors.ByteLevel(trim_offsets=False)
+            tokenizer.backend_tokenizer.post_processor = plain
+        editor = strong_editor(base[0], processor)
         ids = editor.encode(picture(), "What?")["input_ids"][0].tolist()
-        assert (
-            ids.count(inner.tokenizer.bos_token_id) == 1 and ids[0] == inner.tokenizer.bos_token_id
-        )
+        assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
         editor.detach()
 
 
@@ -1078,7 +930,9 @@ def test_the_last_question_of_a_chat_is_routed_as_if_asked_alone(base, side, mon
     long = " ".join([third] * 4)
     single = chat_inputs(processor, images, [[edited], [long]], side)
     chat = chat_inputs(processor, images, [[other, third, edited], [long]], side)
-    for ids, prompt in zip(chat["input_ids"], editor._masks(chat).prompt, strict=True):
+    for ids, prompt in zip(
+        chat["input_ids"], editor._masks(chat, editor.model.device).prompt, strict=True
+    ):
         asked = processor.tokenizer.decode(ids[prompt]).strip()
         assert asked in (f"{edited} ASSISTANT:", f"{long} ASSISTANT:")
     routes, route = [], editor.router.route
@@ -1115,18 +969,18 @@ def test_the_last_question_of_a_chat_is_routed_as_if_asked_alone(base, side, mon
     editor.detach()
 
 
-def test_chats_are_recognised_by_the_template(base):
+def test_chats_are_recognised_by_the_template(base, monkeypatch):
     model, processor = base
     editor = strong_editor(model, processor)
     masks = editor.capture([(picture(), QUESTIONS[0], "USER: bob")]).masks
     assert masks.prompt.any() and masks.answer.sum() > 3  # no answer opens a turn
     editor.detach()
-    of_strings = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
     of_words = "{% for m in messages %}{{ ' Human: ' if m['role'] == 'user' else ' Bot: ' }}"
     of_words += "{{ m['content'][0]['text'] }}{% endfor %}"
-    openings = {of_strings: "<|user|>", of_words: " Human:", "{{ raise_exception('no') }}": ""}
+    openings = {CHATML: "<|user|>", of_words: " Human:", "{{ raise_exception('no') }}": ""}
     for template, opening in openings.items():
-        editor = strong_editor(model, FakeProcessor(processor, chat_template=template))
+        monkeypatch.setattr(processor, "chat_template", template)
+        editor = strong_editor(model, processor)
         assert processor.tokenizer.decode(editor._encoder.turn_opening) == opening
         editor.detach()
 
@@ -1185,20 +1039,19 @@ def test_cached_states_train_like_fresh_ones(base):
 def test_editing_losses_are_the_models_own_and_a_kl_divergence(base):
     editor = strong_editor(*base)
     states, role, _, _ = training_batch(editor)
-    follows = (role == EDIT) | (role == GENERALITY)
-    silent = editor._editing_losses(states.hidden, states, follows, role, 3)
+    silent = editor._editing_losses(states.hidden, states, role, 3)
     assert silent["locality"].item() == pytest.approx(0, abs=1e-5)
     with editor.disabled():
         samples = [data.drawn_training(4, seed=5)[i].edit for i in (2, 0, 3)]
         own = [editor.model(**editor.encode(*run.question(edit))).loss.item() for edit in samples]
     assert silent["reliability"].item() == pytest.approx(sum(own) / 3, rel=1e-4)
     shifted = states.hidden + torch.randn_like(states.hidden)
-    noisy = editor._editing_losses(shifted, states, follows, role, 3)
+    noisy = editor._editing_losses(shifted, states, role, 3)
     # KL( base || edited ): mean over a row's tokens, sum over rows, mean over the edits.
     row = states.masks.answer.nonzero()[:, 0]
     old, new = (editor.frozen.upper(h, states).log_softmax(-1) for h in (states.hidden, shifted))
     kl = F.kl_div(new, old, log_target=True, reduction="none").sum(-1)
-    expected = sum(kl[row == r].mean().item() for r in range(len(role)) if not follows[r]) / 3
+    expected = sum(kl[row == r].mean().item() for r in range(len(role)) if role[r] == LOCALITY) / 3
     assert noisy["locality"].item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -1225,7 +1078,7 @@ def test_training_mixes_the_experts_that_the_filter_keeps_and_in_scope_the_own(b
 
     monkeypatch.setattr(editor.frozen, "upper", counted)
     states, role, owner, texts = training_batch(editor)
-    in_scope = int(((role == EDIT) | (role == GENERALITY)).sum())
+    in_scope = int((role != LOCALITY).sum())
     for threshold, reached in ((1.0, [in_scope]), (-1.0, [in_scope] + 2 * [len(role) - in_scope])):
         editor.router.threshold = threshold
         rows.clear()
@@ -1358,100 +1211,67 @@ def test_ten_edits_hold_spread_and_leave_the_rest(trained):
 def test_the_newest_edit_of_a_fact_wins_and_forgetting_it_brings_the_older_back(trained):
     editor, samples = trained
     editor.attach()
-    won = 0
     for sample in samples[:10]:
         image, prompt, target = run.question(sample.edit)
         older, newer = editor.edit(image, prompt, target), editor.edit(image, prompt, "zorp")
         inputs = editor.encode(image, prompt)
         assert [used["id"] for used in editor.explain(inputs)[0]] == [newer.id]
-        won += run.answer(editor, [replace(sample.edit, target="zorp")], 9, 9)[0].used.keys() == {
-            newer.id
-        }
         editor.forget(newer.id)
         assert [used["id"] for used in editor.explain(inputs)[0]] == [older.id]
         editor.reset()
-    assert won == 10
 
 
 # ---------------------------------------------------------------------------------- other families
 
-VOCABULARY, BOS, EOS, PAD, IMAGE = 10_300, 0, 1, 2, 3  # the ids of tiny-llava's tokenizer
-SMALL = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4}
-SMALL |= {"vocab_size": VOCABULARY, "max_position_embeddings": 512}
-SMALL |= {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-LLAMA = SMALL | {"intermediate_size": 64, "num_key_value_heads": 2}
-GEMMA = LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+BOS, EOS, PAD, IMAGE = range(4)  # the ids of tiny-llava's tokenizer
+# Decoders and towers take what they know of these, and keep the rest unread.
+DECODER = {"hidden_size": 32, "intermediate_size": 64, "ffn_dim": 64, "num_hidden_layers": 6}
+DECODER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+DECODER |= {"query_pre_attn_scalar": 8, "vocab_size": 10_300, "max_position_embeddings": 512}
+DECODER |= {
+    "word_embed_proj_dim": 32,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-TOWER |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 8}
-QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4}
-QWEN_TOWER |= {"patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
-QWEN_TOWER |= {"out_hidden_size": 32}
-QWEN_IDS = {"video_token_id": 10_290, "vision_start_token_id": 10_291}
-QWEN_IDS |= {"vision_end_token_id": 10_292}
-PINPOINTS = [[16, 32], [32, 16], [32, 32]]
-MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-PIXTRAL = TOWER | {"model_type": "pixtral", "patch_size": 4, "head_dim": 8}
-INTERN = TOWER | {"image_size": [16, 16], "patch_size": [4, 4]}
-MLLAMA_TOWER = TOWER | {"num_global_layers": 1, "max_num_tiles": 2, "vision_output_dim": 64}
-MLLAMA_TOWER |= {"intermediate_layers_indices": [1], "supported_aspect_ratios": [[1, 1], [1, 2]]}
-MLLAMA = LLAMA | {"cross_attention_layers": [1, 4]}
-QFORMER = {key: TOWER[key] for key in list(TOWER)[:4]} | {"encoder_hidden_size": 32}
+TOWER |= {"num_attention_heads": 4, "image_size": 16, "patch_size": 8, "projection_dim": 32}
+TOWER |= {"depth": 2, "num_heads": 4, "out_hidden_size": 32, "encoder_hidden_size": 32}
+GRID = {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]}
+PALI = {"projection_dim": 32, "hidden_size": 32}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+QWEN = {"video_token_id": 10_290, "vision_start_token_id": 10_291, "vision_end_token_id": 10_292}
+TILES = {"attention_heads": 4, "num_global_layers": 1, "max_num_tiles": 2}
+TILES |= {"vision_output_dim": 64, "intermediate_layers_indices": [1]}
+TILES |= {"supported_aspect_ratios": [[1, 1], [1, 2]]}
+WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
+SOFTCAP = {"model_type": "gemma2", "final_logit_softcapping": 1.0}
+PATCHES = {"patch_size": 4}
+DEEPSTACK = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+FAMILIES = {  # what its decoder, its tower and the whole have beside
+    "llava": ({}, {}, {"image_seq_length": 4}),
+    "llava_next": ({}, {}, GRID),
+    "llava_onevision": ({}, {}, GRID),
+    "blip-2": ({}, {}, {"qformer_config": TOWER, "num_query_tokens": 4}),
+    "paligemma": ({}, {}, PALI),
+    "paligemma2": (WINDOWS | SOFTCAP, {}, PALI),
+    "gemma3": (WINDOWS, {}, {"mm_tokens_per_image": 4}),
+    "qwen2_5_vl": (MROPE, {"window_size": 16, "fullatt_block_indexes": [1]}, QWEN),
+    "qwen3_vl": (MROPE, DEEPSTACK, QWEN),
+    "internvl": ({}, PATCHES, {"image_seq_length": 4}),
+    "idefics3": ({}, {}, {}),
+    "smolvlm": ({}, {}, {}),
+    "mistral3": ({}, PATCHES, {}),
+    "mllama": ({"cross_attention_layers": [1, 4]}, TILES, {}),
+}
 
 
 def family_config(name: str):
-    """A small model of a family's real configuration class."""
-    t, image = transformers, {"image_token_id": IMAGE}
-    clip = t.CLIPVisionConfig(**TOWER, projection_dim=32)
-    siglip = t.SiglipVisionConfig(**TOWER, projection_dim=32)
-    llama, qwen = t.LlamaConfig(**LLAMA), t.Qwen2Config(**LLAMA)
-    llava = {"vision_config": clip, "text_config": llama, "vision_feature_layer": -1} | image
-    pali = {"vision_config": siglip, "projection_dim": 32, "hidden_size": 32} | image
-    idefics = {"vision_config": TOWER, "text_config": llama, "scale_factor": 2} | image
-    if name == "llava":
-        return t.LlavaConfig(**llava, image_seq_length=4)
-    if name == "llava_next":
-        return t.LlavaNextConfig(**llava, image_seq_length=4, image_grid_pinpoints=PINPOINTS)
-    if name == "llava_onevision":
-        onevision = llava | {"vision_config": siglip, "text_config": qwen}
-        return t.LlavaOnevisionConfig(**onevision, image_grid_pinpoints=PINPOINTS)
-    if name == "blip-2":
-        opt = t.OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32)
-        parts = {"vision_config": TOWER, "qformer_config": QFORMER, "text_config": opt}
-        return t.Blip2Config(**parts, num_query_tokens=4, image_token_index=IMAGE)
-    if name == "paligemma":
-        return t.PaliGemmaConfig(**pali, text_config=t.GemmaConfig(**LLAMA, head_dim=8))
-    if name == "paligemma2":
-        gemma = t.Gemma2Config(**GEMMA, final_logit_softcapping=1.0)
-        return t.PaliGemmaConfig(**pali, text_config=gemma)
-    if name == "gemma3":
-        kinds = ["sliding_attention", "full_attention"] * 3
-        gemma = t.Gemma3TextConfig(**GEMMA, layer_types=kinds)
-        return t.Gemma3Config(
-            text_config=gemma, vision_config=siglip, mm_tokens_per_image=4, **image
-        )
-    if name == "qwen2_5_vl":
-        tower = QWEN_TOWER | {"window_size": 16, "fullatt_block_indexes": [1]}
-        text = LLAMA | {"rope_parameters": MROPE}
-        return t.Qwen2_5_VLConfig(vision_config=tower, text_config=text, **image, **QWEN_IDS)
-    if name == "qwen3_vl":
-        tower = QWEN_TOWER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
-        text = LLAMA | {"head_dim": 8, "rope_parameters": MROPE}
-        return t.Qwen3VLConfig(vision_config=tower, text_config=text, **image, **QWEN_IDS)
-    if name == "internvl":
-        shape = {"image_seq_length": 4, "downsample_ratio": 0.5}
-        return t.InternVLConfig(vision_config=INTERN, text_config=qwen, **shape, **image)
-    if name == "mistral3":
-        text = t.MistralConfig(**LLAMA, head_dim=8)
-        shape = {"spatial_merge_size": 2, "vision_feature_layer": -1}
-        return t.Mistral3Config(vision_config=PIXTRAL, text_config=text, **shape, **image)
-    if name == "mllama":
-        tower = MLLAMA_TOWER | {"attention_heads": 4}
-        return t.MllamaConfig(vision_config=tower, text_config=MLLAMA, image_token_index=IMAGE)
-    return (t.SmolVLMConfig if name == "smolvlm" else t.Idefics3Config)(**idefics)
-
-
-FAMILIES = "llava llava_next llava_onevision blip-2 paligemma paligemma2 gemma3 qwen2_5_vl qwen3_vl"
-FAMILIES = (*FAMILIES.split(), "internvl", "idefics3", "smolvlm", "mistral3", "mllama")
+    """A small model of a family's real configuration classes."""
+    text, tower, whole = FAMILIES[name]
+    parts = {"text_config": DECODER | text, "vision_config": TOWER | tower}
+    kind = "paligemma" if name == "paligemma2" else name
+    return transformers.AutoConfig.for_model(kind, **parts, **whole, image_token_id=IMAGE)
 
 
 def family_model(name: str, folder: Path):
@@ -1600,7 +1420,7 @@ def test_a_family_whose_training_would_see_another_model_is_refused(tmp_path):
     editor.edit_inputs(prepared("qwen3_vl", 2), [(picture(), "q", "a")] * 2)  # no training needed
     text = torch.randint(10, 600, (2, 8))
     editor.capture_inputs({"input_ids": text, "labels": text})  # has no images to tell it by
-    with pytest.raises(RuntimeError, match="before its decoder layer 1; choose 1 or a higher"):
+    with pytest.raises(RuntimeError, match="edit layer 0: Qwen3VL.* does more above it"):
         editor.capture_inputs(prepared("qwen3_vl", 2))
 
 
@@ -1655,7 +1475,7 @@ def processor_with_torchvision(name: str):
             return t.Qwen3VLProcessor(images, tokenizer, t.Qwen3VLVideoProcessor())
         return t.Qwen2_5_VLProcessor(images, tokenizer, t.Qwen2VLVideoProcessor())
     if name == "llava_onevision":
-        images = t.LlavaOnevisionImageProcessor(**square, image_grid_pinpoints=PINPOINTS)
+        images = t.LlavaOnevisionImageProcessor(**square, **GRID)
         shape = {"num_image_tokens": 4, "vision_feature_select_strategy": "full"}
         videos = t.LlavaOnevisionVideoProcessor()
         return t.LlavaOnevisionProcessor(images, tokenizer, videos, **shape)
@@ -1678,7 +1498,7 @@ def family_processor(name: str):
     backend, names = tokenizer.backend_tokenizer, {"bos_token": "<s>", "eos_token": "</s>"}
     if name == "llava_next":
         settings = {"size": {"shortest_edge": 16}, "crop_size": small["size"]}
-        images = t.LlavaNextImageProcessor(**settings, image_grid_pinpoints=PINPOINTS)
+        images = t.LlavaNextImageProcessor(**settings, **GRID)
         return t.LlavaNextProcessor(images, tokenizer, **shape, num_additional_image_tokens=1)
     if name == "blip-2":  # its processor wants a tokenizer that knows no image token yet
         plain = PreTrainedTokenizerFast(tokenizer_object=backend, **names, pad_token="<pad>")
@@ -1696,9 +1516,7 @@ def family_processor(name: str):
     if name == "mllama":
         images = t.MllamaImageProcessor(size={"height": 16, "width": 16}, max_image_tiles=2)
         tokenizer.image_token = "<image>"
-        template = "{{ bos_token }}{% for p in messages[0]['content'] %}{{ '<image>' if p['type'] "
-        template += "== 'image' else p['text'] }}{% endfor %} A:"
-        return t.MllamaProcessor(images, tokenizer, chat_template=template)
+        return t.MllamaProcessor(images, tokenizer, chat_template="{{ bos_token }}" + PARTS + " A:")
     added = "<fake_token_around_image> <global-img> <end_of_utterance> <row_1_col_1>".split()
     tokenizer.add_tokens(added, special_tokens=True)
     edge = {"longest_edge": 16}
@@ -1732,24 +1550,6 @@ def test_encode_follows_the_processors_of_other_families(name, tmp_path):
     edited = logits_of(editor, text)
     with editor.disabled():
         assert_same(edited, logits_of(editor, text))
-
-
-def test_models_that_cannot_be_edited_are_refused_in_a_sentence(base):
-    model, processor = base
-    no_image = family_config("blip-2")
-    no_image.image_token_index = None
-    refused = [
-        ("image_token_id", transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))),
-        (
-            "no vision-language",
-            transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TOWER)),
-        ),
-        ("compiled", torch.compile(model)),
-        ("image_token_id", AutoModelForImageTextToText.from_config(no_image)),
-    ]
-    for message, other in refused:
-        with pytest.raises(TypeError, match=message):
-            LiveEdit(other, processor)
 
 
 def test_layer_outputs_as_tensor_and_as_tuple():
@@ -1804,7 +1604,9 @@ def test_quantised_adapted_and_offloaded_models_simply_work(base, tmp_path):
 
 NO_PICTURES = ("cat.png", Path("cat.png"), b"\x89PNG", 3, [1, 2], {}, Image)
 NO_PICTURES += (numpy.zeros((8, 8, 3), numpy.uint8), torch.zeros(3, 8, 8))
-NO_PIXELS = (Image.new("RGB", (0, 0)), Image.new("RGB", (5, 0)), Image.new("L", (0, 5)))
+CLOSED = picture()
+CLOSED.close()  # cannot be read, as a file that ends in the middle
+NO_PIXELS = (Image.new("RGB", (0, 0)), Image.new("L", (0, 5)), CLOSED)
 NO_TEXTS = (None, 3, "", " \n\t", b"What?", ["What?"], {}, True)
 NO_COUNTS = (0, -1, 1.5, "4", None, True, math.nan, [4])
 MODES = ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16")
@@ -1813,13 +1615,6 @@ TOKENS, HUGE = ("<image>", "a<image>b"), ("What? " * 9000, "?" * 30000)
 FOLDER = ("an empty folder",)
 ODD_TEXTS = ("\0", "?", "</s>", "🙂", "مرحبا", "漢字", "e\u0301\u200b", "a\nb")
 ODD_TEXTS += ("What? " * 60,)
-
-
-def half_file(form: str) -> Image.Image:
-    """A picture whose file ends in the middle."""
-    file = io.BytesIO()
-    picture().save(file, form)
-    return Image.open(io.BytesIO(file.getvalue()[: len(file.getvalue()) // 2]))
 
 
 def ask_with(change):
@@ -1844,35 +1639,6 @@ def load_with(file: str, change):
     return call
 
 
-def config_with(key: str, value):
-    def change(content: bytes) -> bytes:
-        saved = json.loads(content)
-        (saved if key in saved else saved["config"])[key] = value
-        return json.dumps(saved).encode()
-
-    return load_with(CONFIG, change)
-
-
-def add_with(**changes):
-    """Add an expert one of whose tensors is not as it should be."""
-
-    def call(h, _):
-        good = {name: torch.zeros(1, *shape) for name, shape in h.experts.shapes.items()}
-        h.experts.add(good | changes, [liveedit.Edit(99, "q", "a", 0.0)])
-
-    return call
-
-
-def save_nan(h, folder):
-    with torch.no_grad():
-        h.norm.bias[0] += math.nan
-    try:
-        h.save_pretrained(folder)
-    finally:
-        with torch.no_grad():
-            h.norm.bias[0] = 0.0
-
-
 CONFIG, NETWORKS, EXPERTS = liveedit.CONFIG_FILE, liveedit.NETWORKS_FILE, liveedit.EXPERTS_FILE
 DAMAGES = (lambda b: b"", lambda b: b[:100], lambda b: b[:-100], lambda b: b"\xff" * 999)
 DAMAGES += (lambda b: b[:-9] + bytes(9),)  # whole, but not as it was saved
@@ -1888,13 +1654,14 @@ CONFIG_VALUES = {
 LISTS = (([picture()], ["a", "b"]), ([], []), (picture(), ["a"]), (None, None))
 LISTS += (([picture()], ["a"], []), ([picture()], ["a"], "x"))
 LAST = ((None, "What?", "x"), (picture(), "", "x"), (picture(), "What?", " "), ("cat", "W", "x"))
-CHANGED = {"rank": 8, "gain": 1.0, "format": 1, "editor": None, "backbone": {"layers": 9}}
+CHANGED = {b'"rank": 4': b'"rank": 8', b'"gain": 8.0': b'"gain": 1.0'}
+CHANGED |= {b'"format": 4': b'"format": 1', b'"layers": 6': b'"layers": 9'}
 CHANGES = {
     "no inputs": (lambda i: None, "input_ids"),
     "no labels": (lambda i: i | {"labels": None}, "labels"),
     "short labels": (lambda i: i | {"labels": i["labels"][:1]}, "labels"),
     "empty labels": (lambda i: i | {"labels": torch.full_like(i["labels"], -100)}, "labels"),
-    "one row": (lambda i: {k: v[:1] for k, v in i.items()}, "row of its own"),
+    "one row": (lambda i: {k: v[:1] for k, v in i.items()}, "of 2 experts"),
     "mask shape": (lambda i: i | {"attention_mask": i["attention_mask"][:, 1:]}, "attention_mask"),
     "NaN pixels": (lambda i: i | {"pixel_values": i["pixel_values"] * math.nan}, "not finite"),
 }
@@ -1905,7 +1672,6 @@ HOSTILE = [
     ("model", (1, "tiny", torch.nn.Linear(2, 2)), lambda h, v: LiveEdit(v), "vision-language"),
     ("processor", ("tiny", 3), lambda h, v: LiveEdit(load_tiny(), v), "processor"),
     ("edit image", (None, *NO_PICTURES, *NO_PIXELS), lambda h, v: h.edit(v, "W?", "a"), "image"),
-    ("cut file", ("PNG", "BMP"), lambda h, v: h.edit(half_file(v), "What?", "a"), "image"),
     ("modes", MODES, lambda h, v: h.edit(Image.new(v, (40, 30)), "What?", "a"), None),
     ("sizes", SIZES, lambda h, v: h.edit(Image.new("RGB", v), "What?", "a"), None),
     ("encode prompt", NO_TEXTS, lambda h, v: h.encode(picture(), v), "prompt|list"),
@@ -1918,14 +1684,14 @@ HOSTILE = [
     ("edits", ([3], ["abcd"], [()], [(picture(), "W")]), lambda h, v: h.edit_many(v), "an edit is"),
     ("last edit", LAST, lambda h, v: h.edit_many([*questions(3), v]), "image|prompt|target"),
     ("nothing", ([], ()), lambda h, v: h.edit_many(v), None),
-    ("no list", (None, 3, True), lambda h, v: h.edit_many(v), "edits are a list"),
+    ("no list", (None, 3, True), lambda h, v: h.edit_many(v), "not iterable"),
     ("batch size", NO_COUNTS, lambda h, v: h.edit_many(questions(1), batch_size=v), "batch_size"),
     ("capture", ([], ()), lambda h, v: h.capture(v), "at least one"),
     ("explain", ({}, {"input_ids": 3}), lambda h, v: h.explain(v), "input_ids"),
     ("forget", (0, -1, 99, "1", None, 2**70), lambda h, v: h.forget(v), "no edit with id"),
-    ("save NaN", FOLDER, save_nan, "not finite"),
-    ("expert NaN", FOLDER, add_with(U=torch.full((1, 4, 128), math.nan)), "not finite"),
-    ("expert shape", FOLDER, add_with(V=torch.zeros(1, 3, 128)), "V of 1 experts"),
+    ("compiled", FOLDER, lambda h, v: LiveEdit(torch.compile(h.model)), "compiled"),
+    ("text model", FOLDER, lambda h, v: LiveEdit(h.model.get_decoder()), "image_token_id"),
+    ("untrained", FOLDER, lambda h, v: LiveEdit(load_tiny()).edit(*questions(1)[0]), "trained"),
     ("save on a file", FOLDER, lambda h, v: [(v / "x").touch(), h.save_pretrained(v / "x")], "x"),
     ("load nothing", FOLDER, lambda h, v: LiveEdit.from_pretrained(h.model, None, v), "no saved"),
 ]
@@ -1933,15 +1699,16 @@ for key, values in CONFIG_VALUES.items():
     HOSTILE.append((key, values, lambda h, v, key=key: LiveEditConfig(**{key: v}), key))
 for what, (change, named) in CHANGES.items():
     HOSTILE.append((what, FOLDER, ask_with(change), named))
-for key, value in CHANGED.items():
-    HOSTILE.append((f"saved {key}", FOLDER, config_with(key, value), "does not load"))
+for old, new in CHANGED.items():
+    changed = load_with(CONFIG, lambda content, old=old, new=new: content.replace(old, new))
+    HOSTILE.append((f"saved {old}", FOLDER, changed, "does not load"))
 for file in (CONFIG, NETWORKS, EXPERTS):
     for i, damage in enumerate(DAMAGES):
         HOSTILE.append((f"{file} {i}", FOLDER, load_with(file, damage), "does not load"))
 
 
 def everything_of(editor: LiveEdit) -> list:
-    tensors = [editor.experts.rows(name).tolist() for name in editor.experts.TENSORS]
+    tensors = [editor.experts.rows(name).tolist() for name in editor.experts.shapes]
     return [editor.edits(), *tensors]
 
 
@@ -1969,11 +1736,6 @@ def test_hostile_input_is_refused_by_name_and_changes_nothing(
             sentence = str(refusal.value)
             assert re.search(named, sentence), f"{value!r}: {sentence}"
         assert everything_of(victim) == before
-
-
-def test_an_untrained_editor_refuses_to_edit(base):
-    with pytest.raises(RuntimeError, match="never trained"):
-        LiveEdit(*base, LiveEditConfig(module_dim=64)).edit(picture(), "What?", "heart")
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -2021,6 +1783,7 @@ def test_the_drawn_benchmark_keeps_its_promises():
         assert scene_of(q["similar_image"]).differences(scene) == 1
         assert scene_of(q["modal_locality"]).differences(scene) == 3
         assert q["no_image"].prompt == q["similar_image"].prompt == sample.edit.prompt
+    assert data.drawn_stream(30, 3) == data.drawn_stream(30, 3) != data.drawn_stream(30, 4)
     with pytest.raises(ValueError, match="lack room"):
         data.drawn_stream(5000, 0)
 
@@ -2036,17 +1799,6 @@ def test_updates_edit_earlier_facts_again_with_new_answers():
         assert new.fact == old.fact and new.target not in (old.target, scene.answer(family))
         same = new.image == old.image and new.prompt == old.prompt
         assert (update.form == "exact") == same
-
-
-def test_same_seed_same_benchmark_in_any_process():
-    code = "import data, hashlib; s = data.drawn_stream(30, 3); image = s[0].edit.image.open()\n"
-    code += "text = repr([x.queries for x in s]).encode() + image.tobytes()\n"
-    code += "print(hashlib.sha256(text).hexdigest())"
-    runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=HERE, check=True)
-        for _ in range(2)
-    ]
-    assert runs[0].stdout == runs[1].stdout and data.drawn_stream(30, 3) != data.drawn_stream(30, 4)
 
 
 def test_batches_contradict_nowhere_and_use_all_samples():
@@ -2092,7 +1844,7 @@ def published(root: Path, name: str, records, training=None) -> Path:
 def test_published_benchmarks_are_read_as_they_are(tmp_path, name):
     root = published(tmp_path, name, [RECORD | (PORT if "onehop" in name else {})])
     files = data.benchmark_files(name, root)
-    (plain,), (official,) = (data.read_records(files.eval, files.images, f) for f in (None, name))
+    (plain,), (official,) = (data.read_records(*files[1:], form) for form in (None, name))
     assert (data.PORTABILITY in plain.queries) == ("onehop" in name)
     assert plain.edit.target == "dog" and plain.edit.image.open().mode == "RGB"
     assert plain.queries["text_locality"].prompt == "how many legs has a spider?"
@@ -2223,7 +1975,6 @@ WRONG = [
     (["--editor", "/no/such/folder"], "no saved editor"),
     (["--edits", "5000"], "lack room"),
     (["--layer", "9", *FEW], "0 to 5"),
-    (["--expert-batch-size", "129", *FEW], "more than a batch of 128"),
     (["--out", "README.md", *FEW], "README.md"),
     ([*FEW, "--learning-rate", "1e30", "--batch-size", "4", "--out"], "lower --learning-rate"),
 ]
@@ -2236,12 +1987,6 @@ def test_wrong_options_end_in_one_sentence(arguments, message, capsys, monkeypat
     monkeypatch.chdir(HERE)
     arguments = [*arguments, str(tmp_path)] if arguments[-1] == "--out" else arguments
     assert message in refusal(capsys, *arguments).splitlines()[-1]
-
-
-def test_a_refusal_of_the_command_line_is_no_traceback():
-    result = command("--model", "/no/such/folder")
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert "/no/such/folder" in result.stderr.splitlines()[-1]
 
 
 def metrics_of(folder: Path) -> dict:
@@ -2306,12 +2051,6 @@ def test_lengths_and_halves_read_what_the_main_job_left(small_run, tmp_path):
     assert sizes[1] < 0.6 * sizes[0]
 
 
-def test_a_saved_editor_gives_the_same_stream_again(small_run, tmp_path):
-    result = command("--edits", "12", "--editor", small_run / "editor", "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert metrics_of(small_run)["rows"] == metrics_of(tmp_path)["rows"]
-
-
 def test_results_are_kept_where_the_edits_cannot_be_saved(small_run, tmp_path, monkeypatch, capsys):
     def full(editor, folder):
         raise OSError("no space left")
@@ -2320,22 +2059,6 @@ def test_results_are_kept_where_the_edits_cannot_be_saved(small_run, tmp_path, m
     run.main(["--edits", "5", "--editor", str(small_run / "editor"), "--out", str(tmp_path)])
     assert "the edits were not saved: no space left" in capsys.readouterr().err
     assert metrics_of(tmp_path)["rows"][-1]["edits"] == 5
-
-
-def test_every_other_option_reaches_the_editor(tmp_path):
-    given = {"similarity": "dot", "threshold": 0.5, "layer": 5, "rank": 2}
-    options = [word for name, value in given.items() for word in (f"--{name}", value)]
-    options += ["--train-steps", 3, "--batch-size", 4, "--expert-batch-size", 3]
-    options += ["--eval-batch-size", 7, "--blend"]
-    options += ["--dtype", "float16", "--device", "cpu", "--seed", 3, "--out", tmp_path]
-    result = command(*FEW, *options)
-    assert result.returncode == 0, result.stderr
-    assert "gradients above the edit layer are scaled" in result.stdout
-    metrics = metrics_of(tmp_path)
-    assert {name: metrics["config"][name] for name in given} == given
-    assert not metrics["config"]["newest_wins"] and metrics["seed"] == 3
-    training = [metrics["training"][f"{name}batch_size"] for name in ("", "expert_")]
-    assert metrics["training"]["samples"] == 20 and training == [4, 3]
 
 
 def test_the_main_job_runs_on_benchmark_files(tmp_path):
@@ -2379,38 +2102,27 @@ def test_settings_follow_from_the_size_of_the_model():
         assert (config.layer, config.rank) == (layer, rank)
 
 
-def test_an_interrupted_training_resumes_exactly(tmp_path, capsys):
-    arguments = [
-        "--edits",
-        "5",
-        "--train-steps",
-        "60",
-        "--train-samples",
-        "60",
-        "--batch-size",
-        "4",
-    ]
-    line = [sys.executable, str(HERE / "run.py"), *arguments, "--out", str(tmp_path / "a")]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    for text in iter(lambda: process.stderr.read(80), ""):
-        if re.search(r"training the editor: +[1-9]", text):
-            process.send_signal(signal.SIGINT)
-            break
-    message = process.communicate()[1]
-    assert process.returncode == 1 and "--resume continues" in message, message
-    here = ["--out", str(tmp_path / "a")]
-    assert "batch_size 4, not 5" in refusal(capsys, *arguments[:-1], "5", "--resume", *here)
-    assert "is an interrupted training" in refusal(capsys, *arguments, *here)
-    checkpoint = tmp_path / "a" / run.CHECKPOINT
-    content = checkpoint.read_bytes()
-    for damaged in (b"", b"junk", content[:2000]):
-        checkpoint.write_bytes(damaged)
+def test_an_interrupted_training_resumes_exactly(tmp_path, capsys, monkeypatch):
+    arguments = "--edits 5 --train-steps 9 --train-samples 60 --batch-size 4 --out".split()
+    here, note, checkpoint = str(tmp_path / "a"), run.note_losses, tmp_path / "a" / run.CHECKPOINT
+
+    def interrupt(progress, *more, **settings):
+        note(progress, *more, **settings)
+        if progress["step"] == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "note_losses", interrupt)
+        assert "--resume continues" in refusal(capsys, *arguments, here)
+    other = (*arguments, here, "--resume", "--batch-size", "5")
+    assert "batch_size 4, not 5" in refusal(capsys, *other)
+    assert "is an interrupted training" in refusal(capsys, *arguments, here)
+    for damaged in (b"", b"junk", checkpoint.read_bytes()[:2000]):
+        (tmp_path / "damaged").write_bytes(damaged)
         with pytest.raises(ValueError, match="no checkpoint"):
-            run.load_checkpoint(checkpoint, None, [], {})
-    checkpoint.write_bytes(content)
-    for more, out in ((["--resume"], "a"), ([], "b")):
-        result = command(*arguments, *more, "--out", tmp_path / out)
-        assert result.returncode == 0, result.stderr
+            run.load_checkpoint(tmp_path / "damaged", None, [], {})
+    run.main([*arguments, here, "--resume"])
+    run.main([*arguments, str(tmp_path / "b")])
     interrupted, whole = (metrics_of(tmp_path / out) for out in "ab")
     assert interrupted["training"]["losses"] == whole["training"]["losses"]
     assert interrupted["rows"] == whole["rows"]

@@ -182,8 +182,10 @@ def main() -> None:
     for name, (changes, change) in ABLATIONS.items():
         if name in results["ablations"]:
             continue
-        editor = trained_editor(model, processor, given.editor, **changes)
+        editor = trained_editor(model, processor, given.editor)
         before = before or ask_before(editor, stream, given.eval_batch_size)
+        for setting, value in changes.items():
+            setattr(editor.router, setting, value)
         if change is not None:
             change(editor)
         results["ablations"][name] = measure(editor, stream, given, before)
