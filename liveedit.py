@@ -1199,43 +1199,42 @@ class PromptEncoder:
     def _prompt_text(self, question: str, has_image: bool) -> str:
         """Render a question by the chat template, or as `<image>\\n{question} The answer is:`."""
         if self.prompt_style == "chat" and getattr(self.processor, "chat_template", None):
-            return self._rendered(question, has_image)
+            text = self._rendered([question], has_image, add_generation_prompt=True)
+            if text is None:
+                remedy = "set processor.chat_template = None, or use edit_inputs"
+                raise ValueError(f"the chat template does not render {question!r}; {remedy}")
+            return text
         token = has_image and not self._processor_places_image_token
         end = " The answer is:" if self.prompt_style == "chat" else ""
         return f"{self.image_token}\n" * token + question + end
 
-    def _rendered(self, question: str, has_image: bool) -> str:
-        """Render one turn; most templates take a list of parts, old ones a string."""
-        parts = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
-        for content in (parts, f"{self.image_token}\n" * has_image + question):
-            turns = [{"role": "user", "content": content}]
+    def _rendered(self, said: list[str], has_image: bool, **settings) -> str | None:
+        """Render a chat, the user's turn first; None if the template does not show what is said."""
+        for as_parts in (True, False):  # most templates take a list of parts, old ones a string
+            turns = []
+            for i, text in enumerate(said):
+                parts = [{"type": "image"}] * has_image + [{"type": "text", "text": text}]
+                content = parts if as_parts else f"{self.image_token}\n" * has_image + text
+                turns.append({"role": ("user", "assistant")[i % 2], "content": content})
             with contextlib.suppress(Exception):  # of the template: it did not expect this form
-                text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
-                rest = text.replace(question, "")
-                if rest != text and "'type'" not in rest:  # not the list as it prints
-                    return text
-        remedy = "set processor.chat_template = None, or use edit_inputs"
-        raise ValueError(f"the chat template does not render the question {question!r}; {remedy}")
+                rendered = rest = self.processor.apply_chat_template(turns, **settings)
+                for text in said:
+                    rest = rest.replace(text, "")
+                shown = all(text in rendered for text in said)
+                if shown and "'type'" not in rest:  # not the list of parts as it prints
+                    return rendered
+        return None
 
     @cached_property
     def turn_opening(self) -> list[int]:
         """The tokens between an answer and the next question of a chat; none without a template."""
-        roles = {"first": "user", "second": "assistant", "third": "user"}
-        for as_parts in (True, False):
-            turns = []
-            for said, role in roles.items():
-                content = [{"type": "text", "text": said}] if as_parts else said
-                turns.append({"role": role, "content": content})
-            with contextlib.suppress(Exception):  # of the template: no chats, or another form
-                text = self.processor.apply_chat_template(turns)
-                between = text.partition("second")[2].partition("third")[0].rstrip()
-                opening = between.lstrip()
-                if opening and "'type'" not in text:
-                    space = between[: -len(opening)][-1:]
-                    if space == " ":  # it belongs to the word behind it
-                        return self._tokens_behind(":", space + opening)
-                    return self._tokens_behind(space or ":", opening)
-        return []
+        chat = self._rendered(["first", "second", "third"], has_image=False) or ""
+        between = chat.partition("second")[2].partition("third")[0].rstrip()
+        opening = between.lstrip()
+        space = between.removesuffix(opening)[-1:]
+        if space == " ":  # it belongs to the word behind it
+            return self._tokens_behind(":", space + opening)
+        return self._tokens_behind(space or ":", opening)
 
     def leave_picture_closing(self, ids: list[int], said: Tensor) -> None:
         """Take out of said (T,) what only separates a picture from its question."""
