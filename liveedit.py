@@ -359,9 +359,9 @@ class LiveEdit(nn.Module):
             # BLIP-2's `generate` passes by the top-level forward, and calls that of an inner model.
             if part is not model and hasattr(part, "generate"):
                 inner = part
-        encoder = PromptEncoder(model, processor, config.prompt_style) if processor else None
+        inputs = ModelInputs(model, processor, config.prompt_style)
         # Held outside of nn.Module's registry: the model is not ours to move, train or save.
-        self.__dict__.update(model=model, processor=processor, _encoder=encoder)
+        self.__dict__.update(model=model, processor=processor, _inputs=inputs)
         self.__dict__.update(frozen=FrozenModel(model, config.layer), _inner=inner)
         width, c = model.config.get_text_config().hidden_size, config
         self.generator = ExpertGenerator(width, c.module_dim, c.rank, c.heads, c.gain)
@@ -567,7 +567,7 @@ class LiveEdit(nn.Module):
         refused = several and (route.has_image or ids is None)
         # One token without pictures, the usual step, is not looked at: a GPU would be waited for.
         if ids is not None and (several or pictures is not None):
-            refused = refused or self._has_image(ids)
+            refused = refused or self._inputs.has_image(ids)
         if refused:
             reason = "no chunked prefill, no second turn on an old cache"
             raise RuntimeError(f"pass the whole prompt, without a KV cache: {reason}")
@@ -603,11 +603,11 @@ class LiveEdit(nn.Module):
         """Choose the experts of a prompt and their weights, for all rows that have an image."""
         ids = call.get("input_ids")
         if self._thread.disabled or not len(self.experts):
-            return Route(has_image=ids is None or self._has_image(ids))
+            return Route(has_image=ids is None or self._inputs.has_image(ids))
         if ids is None:
             remedy = "pass input_ids too, or use `with editor.disabled():`"
             raise ValueError(f"embeddings alone do not tell where image and prompt are; {remedy}")
-        masks = self._masks(call, hidden.device)
+        masks = self._inputs.masks(call, hidden.device)
         rows = masks.image.any(1).nonzero().flatten()
         if not len(rows):
             return Route(has_image=False)
@@ -616,11 +616,11 @@ class LiveEdit(nn.Module):
         kept = call.get("logits_to_keep")
         if first_of(call, *CACHES) is not None and isinstance(kept, int) and kept > 1:
             raise RuntimeError("assisted decoding puts guesses behind the prompt: decode without")
-        asked, alone = hidden, self._asked_alone(call)
+        asked, alone = hidden, self._inputs.asked_alone(call)
         if alone is not call:
             with self.disabled():
                 asked = self.frozen.record(alone, above=False)[0]
-            masks = self._masks(alone, hidden.device)
+            masks = self._inputs.masks(alone, hidden.device)
         with plain_mode(hidden.device), self._lock:
             routing = self._routing(asked, masks, rows)
             used = routing.weights.any(0)
@@ -652,88 +652,6 @@ class LiveEdit(nn.Module):
             residual = apply_experts(normed, route.U, route.V, route.weights[rows])
         return hidden.index_add(0, rows, residual.to(hidden.dtype))
 
-    def _has_image(self, ids: Tensor) -> bool:
-        return bool((ids == self.model.config.image_token_id).any())
-
-    def _per_token(self, inputs: dict) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Give input_ids, attention mask and labels, each (B, T)."""
-        ids, mask, labels = (inputs.get(k) for k in ("input_ids", "attention_mask", "labels"))
-        if isinstance(mask, dict):  # one for each kind of layer
-            mask = first_of(mask, *mask)
-        if isinstance(mask, Tensor) and mask.dim() == 4:  # prepared for a static cache
-            own = mask[:, 0, :, : ids.shape[1]].diagonal(dim1=-2, dim2=-1)
-            mask = own if own.dtype == torch.bool else own == 0
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-            raise ValueError("attention_mask must be a tensor (B, T), as input_ids are")
-        if labels is not None:  # with logits_to_keep they are those of the last tokens
-            if len(labels) != len(ids) or labels.shape[1] > ids.shape[1]:
-                raise ValueError(f"labels are {tuple(labels.shape)}, input_ids {tuple(ids.shape)}")
-            labels = F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)
-        return ids, mask, labels
-
-    def _masks(self, inputs: dict, device: torch.device) -> RowMasks:
-        ids, mask, labels = self._per_token(inputs)
-        special = torch.tensor(self._special_ids, device=ids.device)
-        masks = row_masks(ids, mask, labels, self.model.config.image_token_id, special)
-        masks = masks._replace(prompt=masks.prompt & self._last_turn(ids, labels))
-        return RowMasks(*(mask.to(device) for mask in masks))
-
-    def _last_turn(self, ids: Tensor, labels: Tensor | None) -> Tensor:
-        """Find the last question of a chat of several turns, and what follows: (B, T) bool."""
-        opening = self._encoder.turn_opening if self._encoder else []
-        n = len(opening)
-        if not 0 < n <= ids.shape[1]:
-            return torch.ones_like(ids, dtype=torch.bool)
-        if labels is not None:  # no answer opens a turn
-            ids = ids.masked_fill(labels != IGNORE, IGNORE)
-        opens = (ids.unfold(1, n, 1) == torch.tensor(opening, device=ids.device)).all(-1)
-        left = opens.flip(1).cumsum(1).flip(1)  # turns that open here or later
-        left = torch.cat([left[:, :1].expand(-1, n - 1), left], dim=1)  # or end here
-        return left == 0
-
-    def _asked_alone(self, inputs: dict) -> dict:
-        """Leave out what a chat says between its picture and its last question.
-
-        Differs from the paper, whose prompts are single questions: the last one of a chat is routed
-        as if it were the first. Returns the inputs themselves where nothing is left out.
-        """
-        ids, mask, labels = self._per_token(inputs)
-        earlier, config = ~self._last_turn(ids, labels), self.model.config
-        if inputs.get("inputs_embeds") is not None or not earlier.any():
-            return inputs
-        pictures = earlier & (ids == config.image_token_id)
-        seen = pictures | earlier & (ids == getattr(config, "video_token_id", -1))
-        said = earlier & (seen.flip(1).cumsum(1).flip(1) == 0) & pictures.any(1, keepdim=True)
-        for row, behind in zip(ids.tolist(), said, strict=True):
-            self._encoder.leave_picture_closing(row, behind)
-        if not said.any():
-            return inputs
-        asked = ~said if mask is None else ~said & mask.bool()
-        order = torch.argsort((~asked).to(torch.uint8), dim=1, stable=True)
-        asked, padding = asked.gather(1, order), self._encoder.tokenizer.pad_token_id
-        alone = {"input_ids": ids.gather(1, order).masked_fill(~asked, padding)}
-        alone["attention_mask"] = asked.long()
-        if labels is not None:
-            alone["labels"] = labels.gather(1, order).masked_fill(~asked, IGNORE)
-        for key, value in inputs.items():
-            if key in OF_WHOLE_CHATS or key in alone:
-                continue
-            if key == "position_ids" and value is not None:  # (B, T), or more of them (Qwen-VL)
-                moved = value - said.cumsum(1)
-                value = moved.gather(-1, order.expand_as(moved))
-            elif isinstance(value, Tensor) and value.shape[:2] == ids.shape:
-                index = order.reshape(order.shape + (1,) * (value.dim() - 2))
-                value = value.gather(1, index.expand(order.shape + value.shape[2:]))
-            alone[key] = value
-        return alone
-
-    @cached_property
-    def _special_ids(self) -> list[int]:
-        text = self.model.config.get_text_config()
-        ids = (text.bos_token_id, text.eos_token_id, text.pad_token_id)
-        tokenizer_ids = self._encoder.tokenizer.all_special_ids if self._encoder else ids
-        return [i for i in tokenizer_ids if isinstance(i, int)]
-
     def explain(self, inputs: dict) -> list[list[dict]]:
         """List for each row of inputs the edits that it uses, heaviest first.
 
@@ -742,7 +660,7 @@ class LiveEdit(nn.Module):
         self._check_inputs(inputs, "input_ids")
         inputs = {"labels": torch.full_like(inputs["input_ids"], IGNORE), **inputs}
         report: list[list[dict]] = [[] for _ in inputs["input_ids"]]
-        if not len(self.experts) or not self._has_image(inputs["input_ids"]):
+        if not len(self.experts) or not self._inputs.has_image(inputs["input_ids"]):
             return report
         states = self.capture_inputs(inputs, above=False)
         rows = states.masks.image.any(1).nonzero().flatten()
@@ -766,7 +684,7 @@ class LiveEdit(nn.Module):
         Raises TypeError or ValueError for what is no picture or text, an empty prompt or target, a
         prompt that holds the image token, and rows that are longer than the model can read.
         """
-        if self._encoder is None:
+        if self.processor is None:
             raise RuntimeError("this editor has no processor: use edit_inputs and capture_inputs")
         if isinstance(prompt, str):
             image, prompt, target = [image], [prompt], None if target is None else [target]
@@ -775,7 +693,7 @@ class LiveEdit(nn.Module):
             raise TypeError("encode takes one image, prompt and target, or a list of each")
         if not prompt or len({len(values) for values in given}) > 1:
             raise ValueError(f"encode takes lists of one length, not {[len(v) for v in given]}")
-        return self._encoder(image, prompt, target)
+        return self._inputs.encode(image, prompt, target)
 
     def capture(
         self, questions: Sequence, batch_size=128, progress: Callable = list, above: bool = True
@@ -800,7 +718,7 @@ class LiveEdit(nn.Module):
         return parts[0] if len(parts) == 1 else States.concat(parts)
 
     def _padded(self, inputs: dict, left: int, right: int) -> dict:
-        fill = {"input_ids": self._encoder.tokenizer.pad_token_id, "labels": IGNORE}
+        fill = {"input_ids": self._inputs.tokenizer.pad_token_id, "labels": IGNORE}
         padded, shape = dict(inputs), inputs["input_ids"].shape
         for key, value in inputs.items():
             if value.shape[:2] == shape:
@@ -816,10 +734,10 @@ class LiveEdit(nn.Module):
         Raises RuntimeError if the two differ: then training would see another model.
         """
         self._check_inputs(inputs, "input_ids", "labels")
-        inputs = self._asked_alone(inputs)
+        inputs = self._inputs.asked_alone(inputs)
         with self.disabled():
             hidden, calls = self.frozen.record(inputs, above)
-            masks = self._masks(inputs, hidden.device)
+            masks = self._inputs.masks(inputs, hidden.device)
             states = States(hidden, masks, inputs["labels"].to(hidden.device), tuple(calls))
             if above and not self._replay_checked:
                 self.frozen.check_replay(states, inputs)
@@ -1142,21 +1060,24 @@ def _concat_rows(leaves: tuple, counts: list[int]):
 # ------------------------------------------------------------------------------- model inputs
 
 
-class PromptEncoder:
-    """Makes model inputs of pictures and texts, following the processor whatever its family."""
+class ModelInputs:
+    """Makes model inputs as the processor wants them, and tells which of their rows are what."""
 
     def __init__(self, model: nn.Module, processor, prompt_style: str):
+        self.model, self.processor, self.prompt_style = model, processor, prompt_style
+        self.image_token_id, self.tokenizer = model.config.image_token_id, None
+        if processor is None:  # all inputs are made elsewhere
+            return
         if not hasattr(processor, "tokenizer"):
             raise TypeError(f"the processor must be one of images and text, not {processor!r}")
-        self.model, self.processor, self.prompt_style = model, processor, prompt_style
-        self.tokenizer, self.image_token_id = processor.tokenizer, model.config.image_token_id
+        self.tokenizer = processor.tokenizer
         own = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         named = getattr(processor, "image_token", None) or own
         # What stands for a picture in a text; Gemma 3's processor looks for another token.
         self.image_token = str(getattr(processor, "boi_token", None) or named)
         self.image_tokens = {self.image_token, str(named), str(own or named)}
 
-    def __call__(self, images: Sequence, prompts: Sequence, targets: Sequence | None) -> dict:
+    def encode(self, images: Sequence, prompts: Sequence, targets: Sequence | None) -> dict:
         """Encode questions that all have an image or all have none; see `LiveEdit.encode`."""
         prompts = [self.checked_text(prompt, "prompt") for prompt in prompts]
         pictures = [checked_picture(image) for image in images if image is not None]
@@ -1224,24 +1145,6 @@ class PromptEncoder:
                 if shown and "'type'" not in rest:  # not the list of parts as it prints
                     return rendered
         return None
-
-    @cached_property
-    def turn_opening(self) -> list[int]:
-        """The tokens between an answer and the next question of a chat; none without a template."""
-        chat = self._rendered(["first", "second", "third"], has_image=False) or ""
-        between = chat.partition("second")[2].partition("third")[0].rstrip()
-        opening = between.lstrip()
-        space = between.removesuffix(opening)[-1:]
-        if space == " ":  # it belongs to the word behind it
-            return self._tokens_behind(":", space + opening)
-        return self._tokens_behind(space or ":", opening)
-
-    def leave_picture_closing(self, ids: list[int], said: Tensor) -> None:
-        """Take out of said (T,) what only separates a picture from its question."""
-        for i in said.nonzero().flatten().tolist():
-            if not self._is_special(ids[i]) and self.tokenizer.decode([ids[i]]).strip():
-                break
-            said[i] = False
 
     def _is_special(self, token: int) -> bool:
         added = self.tokenizer.added_tokens_decoder.get(token)
@@ -1315,6 +1218,111 @@ class PromptEncoder:
         ends = ends if isinstance(ends, list) else [own if ends is None else ends]
         # An end that begins texts is a leftover of another tokenizer.
         return own if own in ends or ends[0] == self.tokenizer.bos_token_id else ends[0]
+
+    def has_image(self, ids: Tensor) -> bool:
+        """Tell whether any row of input_ids (B, T) has an image token."""
+        return bool((ids == self.image_token_id).any())
+
+    def _per_token(self, inputs: dict) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Give input_ids, attention mask and labels, each (B, T)."""
+        ids, mask, labels = (inputs.get(k) for k in ("input_ids", "attention_mask", "labels"))
+        if isinstance(mask, dict):  # one for each kind of layer
+            mask = first_of(mask, *mask)
+        if isinstance(mask, Tensor) and mask.dim() == 4:  # prepared for a static cache
+            own = mask[:, 0, :, : ids.shape[1]].diagonal(dim1=-2, dim2=-1)
+            mask = own if own.dtype == torch.bool else own == 0
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+            raise ValueError("attention_mask must be a tensor (B, T), as input_ids are")
+        if labels is not None:  # with logits_to_keep they are those of the last tokens
+            if len(labels) != len(ids) or labels.shape[1] > ids.shape[1]:
+                raise ValueError(f"labels are {tuple(labels.shape)}, input_ids {tuple(ids.shape)}")
+            labels = F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)
+        return ids, mask, labels
+
+    def masks(self, inputs: dict, device: torch.device) -> RowMasks:
+        """Find the image, prompt and answer rows: of a chat, the last question is the prompt."""
+        ids, mask, labels = self._per_token(inputs)
+        special = torch.tensor(self._special_ids, device=ids.device)
+        masks = row_masks(ids, mask, labels, self.image_token_id, special)
+        masks = masks._replace(prompt=masks.prompt & self._last_turn(ids, labels))
+        return RowMasks(*(mask.to(device) for mask in masks))
+
+    def _last_turn(self, ids: Tensor, labels: Tensor | None) -> Tensor:
+        """Find the last question of a chat of several turns, and what follows: (B, T) bool."""
+        opening = self.turn_opening
+        n = len(opening)
+        if not 0 < n <= ids.shape[1]:
+            return torch.ones_like(ids, dtype=torch.bool)
+        if labels is not None:  # no answer opens a turn
+            ids = ids.masked_fill(labels != IGNORE, IGNORE)
+        opens = (ids.unfold(1, n, 1) == torch.tensor(opening, device=ids.device)).all(-1)
+        left = opens.flip(1).cumsum(1).flip(1)  # turns that open here or later
+        left = torch.cat([left[:, :1].expand(-1, n - 1), left], dim=1)  # or end here
+        return left == 0
+
+    def asked_alone(self, inputs: dict) -> dict:
+        """Leave out what a chat says between its picture and its last question.
+
+        Differs from the paper, whose prompts are single questions: the last one of a chat is routed
+        as if it were the first. Returns the inputs themselves where nothing is left out.
+        """
+        ids, mask, labels = self._per_token(inputs)
+        earlier = ~self._last_turn(ids, labels)
+        if inputs.get("inputs_embeds") is not None or not earlier.any():
+            return inputs
+        pictures = earlier & (ids == self.image_token_id)
+        seen = pictures | earlier & (ids == getattr(self.model.config, "video_token_id", -1))
+        said = earlier & (seen.flip(1).cumsum(1).flip(1) == 0) & pictures.any(1, keepdim=True)
+        for row, behind in zip(ids.tolist(), said, strict=True):
+            self._leave_picture_closing(row, behind)
+        if not said.any():
+            return inputs
+        asked = ~said if mask is None else ~said & mask.bool()
+        order = torch.argsort((~asked).to(torch.uint8), dim=1, stable=True)
+        asked, padding = asked.gather(1, order), self.tokenizer.pad_token_id
+        alone = {"input_ids": ids.gather(1, order).masked_fill(~asked, padding)}
+        alone["attention_mask"] = asked.long()
+        if labels is not None:
+            alone["labels"] = labels.gather(1, order).masked_fill(~asked, IGNORE)
+        for key, value in inputs.items():
+            if key in OF_WHOLE_CHATS or key in alone:
+                continue
+            if key == "position_ids" and value is not None:  # (B, T), or more of them (Qwen-VL)
+                moved = value - said.cumsum(1)
+                value = moved.gather(-1, order.expand_as(moved))
+            elif isinstance(value, Tensor) and value.shape[:2] == ids.shape:
+                index = order.reshape(order.shape + (1,) * (value.dim() - 2))
+                value = value.gather(1, index.expand(order.shape + value.shape[2:]))
+            alone[key] = value
+        return alone
+
+    @cached_property
+    def _special_ids(self) -> list[int]:
+        text = self.model.config.get_text_config()
+        ids = (text.bos_token_id, text.eos_token_id, text.pad_token_id)
+        tokenizer_ids = self.tokenizer.all_special_ids if self.tokenizer else ids
+        return [i for i in tokenizer_ids if isinstance(i, int)]
+
+    @cached_property
+    def turn_opening(self) -> list[int]:
+        """The tokens between an answer and the next question of a chat; none without a template."""
+        said = ["first", "second", "third"]
+        chat = self.processor and self._rendered(said, has_image=False)
+        if not chat:
+            return []
+        between = chat.partition("second")[2].partition("third")[0].rstrip()
+        opening = between.lstrip()
+        space = between.removesuffix(opening)[-1:]
+        if space == " ":  # it belongs to the word behind it
+            return self._tokens_behind(":", space + opening)
+        return self._tokens_behind(space or ":", opening)
+
+    def _leave_picture_closing(self, ids: list[int], said: Tensor) -> None:
+        """Take out of said (T,) what only separates a picture from its question."""
+        for i in said.nonzero().flatten().tolist():
+            if not self._is_special(ids[i]) and self.tokenizer.decode([ids[i]]).strip():
+                break
+            said[i] = False
 
 
 def checked_picture(image: Image.Image) -> Image.Image:

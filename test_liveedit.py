@@ -884,7 +884,7 @@ def test_the_last_question_of_a_chat_is_routed_as_if_asked_alone(base, side, mon
     single = chat_inputs(processor, images, [[edited], [long]], side)
     chat = chat_inputs(processor, images, [[other, third, edited], [long]], side)
     for ids, prompt in zip(
-        chat["input_ids"], editor._masks(chat, editor.model.device).prompt, strict=True
+        chat["input_ids"], editor._inputs.masks(chat, editor.model.device).prompt, strict=True
     ):
         asked = processor.tokenizer.decode(ids[prompt]).strip()
         assert asked in (f"{edited} ASSISTANT:", f"{long} ASSISTANT:")
@@ -934,7 +934,7 @@ def test_chats_are_recognised_by_the_template(base, monkeypatch):
     for template, opening in openings.items():
         monkeypatch.setattr(processor, "chat_template", template)
         editor = strong_editor(model, processor)
-        assert processor.tokenizer.decode(editor._encoder.turn_opening) == opening
+        assert processor.tokenizer.decode(editor._inputs.turn_opening) == opening
         editor.detach()
 
 
