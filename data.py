@@ -460,10 +460,10 @@ def drawn_training(count: int, seed: int) -> list[EditSample]:
     """Samples for training an editor, as several streams over the training scenes.
 
     Each keeps the edit, one generality query (another picture, in other words: both at once), one
-    locality query with an image and one without:
-    for the same work, more different samples teach more than more queries about each. Half of the
-    questions about the edited picture itself are OTHER_QUESTIONS, of no family. Open targets and
-    made-up names, which are learned last, come more often than in the evaluation.
+    locality query with an image and one without: for the same work, more different samples teach
+    more than more queries about each. Half of the questions about the edited picture itself are
+    OTHER_QUESTIONS, of no family. Open targets and made-up names, which are learned last, come more
+    often than in the evaluation.
     """
     scenes, drawn = split_scenes()[0], []
     for start in range(0, count, len(scenes)):
@@ -545,7 +545,9 @@ BENCHMARKS = {
 }
 
 
-def benchmark_files(data: str, root: Path | None = None, image_root: Path | None = None):
+def benchmark_files(
+    data: str, root: Path | None = None, image_root: Path | None = None
+) -> tuple[Path, Path, Path]:
     """Find (training file, evaluation file, image folder).
 
     data: a benchmark's name, with its root; a folder of train.json, eval.json and images/; or one
@@ -567,8 +569,8 @@ def benchmark_files(data: str, root: Path | None = None, image_root: Path | None
         train_file, eval_file, images = path / "train.json", path / "eval.json", path / "images"
     images = image_root or images
     if not eval_file.is_file():
-        known = f"--data takes {', '.join(BENCHMARKS)}, a folder or a .json file"
-        raise FileNotFoundError(f"there is no annotation file {eval_file}; {known}")
+        remedy = f"--data takes {', '.join(BENCHMARKS)}, a folder or a .json file"
+        raise FileNotFoundError(f"there is no annotation file {eval_file}; {remedy}")
     if not images.is_dir():
         raise FileNotFoundError(f"there is no image folder {images}; --image-root names it")
     return train_file, eval_file, images

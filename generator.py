@@ -2,7 +2,7 @@
 
 Copy this file with router.py and liveedit.py into another codebase; it needs torch only.
 
-B batch       T sequence length      V vision tokens    P prompt tokens
+B batch       T sequence length      V vision tokens
 D hidden size of the model           M module width     Q learned queries (R or K of them)
 N experts     R rank of an expert    K feature slots    H attention heads
 In einsums: b batch, t sequence, d hidden, n experts, r rank, q queries, h heads, w head width.
@@ -22,19 +22,6 @@ QUERY_SCALE, VALUE_SCALE = 2.0, 0.15
 LEAST_DEVIATION = 0.05  # of a channel: what hardly varies is not blown up
 
 
-@torch.no_grad()
-def standardise(norm: nn.LayerNorm, rows: Tensor) -> None:
-    """Set a norm's weight and bias so that on rows (n, D) each channel has mean 0, deviation 1.
-
-    Differs from the paper: a decoder's hidden states have channels that are large and nearly
-    constant, and differences between questions are lost beside them.
-    """
-    normed = F.layer_norm(rows, norm.normalized_shape)
-    deviation = normed.std(0).clamp(min=LEAST_DEVIATION)
-    norm.weight.copy_(1 / deviation)
-    norm.bias.copy_(-normed.mean(0) / deviation)
-
-
 class CrossAttention(nn.Module):
     """Attention of learned queries over hidden states.
 
@@ -51,7 +38,9 @@ class CrossAttention(nn.Module):
         self.to_key = nn.Linear(state_dim, module_dim)
         self.to_value = nn.Linear(state_dim, value_dim)
 
-    def forward(self, queries: Tensor, states: Tensor, mask=None, places=0.0) -> Tensor:
+    def forward(
+        self, queries: Tensor, states: Tensor, mask: Tensor | None = None, places=0.0
+    ) -> Tensor:
         """Attend with queries (B, Q, M) or (1, Q, M) to states (B, T, D) or (1, T, D).
 
         mask (B, T) is True where a state may be attended; places (B, T, M) are added to its key.
@@ -98,7 +87,11 @@ class ExpertGenerator(nn.Module):
                 attention.to_value.weight *= VALUE_SCALE
 
     def forward(
-        self, states: Tensor, mask=None, answer=None, embedded=None
+        self,
+        states: Tensor,
+        mask: Tensor | None = None,
+        answer: Tensor | None = None,
+        embedded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Make U (B, R, D) and V (B, R, D) from states (B, T, D).
 
@@ -112,9 +105,8 @@ class ExpertGenerator(nn.Module):
         if answer is not None:
             before = F.pad(states, (0, 0, 1, 0))[:, :-1]
             saying = torch.where(answer[..., None], before, states)
+            reading = states.masked_scatter(answer[..., None], embedded)
             places = self._places(answer)
-            if embedded is not None:
-                reading = states.masked_scatter(answer[..., None], embedded)
         # Eq. (1): f_eg(h) = (CA_U(U, h), CA_V(V, h)) with h = h_v ++ h_p ++ h_o
         U = self.attention_U(self.queries_U, self.norm_U(saying), mask, places)
         V = self.attention_V(self.queries_V, self.norm_V(reading), mask, places)
@@ -137,6 +129,19 @@ def apply_experts(normed: Tensor, U: Tensor, V: Tensor, weights: Tensor) -> Tens
     gates = torch.relu(torch.einsum("btd,nrd->btnr", normed, U))
     # Eq. (6): sum over experts of w_e * ReLU(h U_e^T) V_e
     return torch.einsum("btnr,nrd->btd", gates * weights[:, None, :, None], V)
+
+
+@torch.no_grad()
+def fit_norm(norm: nn.LayerNorm, rows: Tensor) -> None:
+    """Set a norm's weight and bias so that on rows (n, D) each channel has mean 0, deviation 1.
+
+    Differs from the paper: a decoder's hidden states have channels that are large and nearly
+    constant, and differences between questions are lost beside them.
+    """
+    normed = F.layer_norm(rows, norm.normalized_shape)
+    deviation = normed.std(0).clamp(min=LEAST_DEVIATION)
+    norm.weight.copy_(1 / deviation)
+    norm.bias.copy_(-normed.mean(0) / deviation)
 
 
 @dataclass(frozen=True)

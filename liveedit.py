@@ -37,9 +37,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from generator import Edit, ExpertGenerator, ExpertRepository, apply_experts, standardise
+from generator import Edit, ExpertGenerator, ExpertRepository, apply_experts, fit_norm
 from router import (
     IGNORE,
+    Features,
     Router,
     Routing,
     RowMasks,
@@ -85,11 +86,14 @@ class LiveEditConfig:
         for name in ("module_dim", "rank", "slots", "heads", "sentinel_tokens"):
             value = getattr(self, name)
             self._demand(name, type(value) is int and value > 0, "a positive integer")
-        number, most = (int, float), 1 if self.similarity == "cosine" else 1e30
+        number = (int, float)
+        most = 1 if self.similarity == "cosine" else 1e30
         bounded = type(self.threshold) in number and -most <= self.threshold <= most
         self._demand("layer", self.layer is None or type(self.layer) is int, "an integer or None")
         self._demand("similarity", self.similarity in ("cosine", "dot"), "cosine or dot")
-        self._demand("threshold", self.threshold is None or bounded, f"None or at most {most}")
+        self._demand(
+            "threshold", self.threshold is None or bounded, f"None or from -{most} to {most}"
+        )
         self._demand("gain", type(self.gain) in number and 0 < self.gain < 1e30, "positive")
         self._demand("prompt_style", self.prompt_style in ("chat", "official"), "chat or official")
 
@@ -139,6 +143,14 @@ def hidden_of(output: Tensor | tuple) -> Tensor:
 def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
     """Put other hidden states into a decoder layer's output."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def _dense_input(head: nn.Module, args: tuple) -> tuple | None:
+    """Copy the head's input (B, T, D), which is a slice where not all logits are wanted.
+
+    PyTorch multiplies a slice with frozen weights row by row, and copies the whole head for each.
+    """
+    return (args[0].clone(memory_format=torch.contiguous_format), *args[1:]) if args else None
 
 
 def arguments_of(module: nn.Module, args: tuple, kwargs: dict) -> dict:
@@ -207,9 +219,45 @@ class States(NamedTuple):
                 done[key] = _concat_rows(leaves, counts)
             return done[key]
 
-        hidden, labels = (torch.cat([part[i] for part in parts]) for i in (0, 2))
+        hidden = torch.cat([part.hidden for part in parts])
+        labels = torch.cat([part.labels for part in parts])
         masks = RowMasks(*map(torch.cat, zip(*(part.masks for part in parts), strict=True)))
         return cls(hidden, masks, labels, tree_map(join, *(part.calls for part in parts)))
+
+
+def _is_per_row(leaf: Tensor, rows: int) -> bool:
+    """Has this argument of a layer one entry for each row, or several in turn (Mllama's tiles)?"""
+    return leaf.dim() > 1 and len(leaf) == rows or leaf.dim() > 2 and len(leaf) % rows == 0
+
+
+def _select_rows(leaf, chosen: Tensor, rows: int):
+    if not isinstance(leaf, Tensor):
+        return _same_for_all([leaf])
+    if not _is_per_row(leaf, rows):
+        return leaf
+    return leaf.unflatten(0, (rows, -1))[chosen].flatten(0, 1)
+
+
+def _same_for_all(leaves: Sequence):
+    """Pass on a layer's argument that is no tensor. Raises ValueError if it may concern rows."""
+    known = all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in leaves)
+    if not known or len(set(leaves)) > 1:
+        kinds = " and ".join(sorted({type(leaf).__name__ for leaf in leaves}))
+        remedy = 'capture all questions at once, in a model with attn_implementation="sdpa"'
+        raise ValueError(f"a layer's argument, {kinds}, cannot be cut or joined by rows: {remedy}")
+    return leaves[0]
+
+
+def _concat_rows(leaves: tuple, counts: list[int]):
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        return _same_for_all(leaves)
+    first = leaves[0]
+    if (first.dim() < 2 or len(first) == 1) and all(torch.equal(leaf, first) for leaf in leaves):
+        return first  # the same for all rows, such as position embeddings
+    parts = []
+    for leaf, rows in zip(leaves, counts, strict=True):
+        parts.append(leaf if _is_per_row(leaf, rows) else leaf.expand(rows, *leaf.shape[1:]))
+    return torch.cat(parts)
 
 
 class _Stop(Exception):
@@ -225,7 +273,7 @@ class FrozenModel:
         self.edit_layer, self.layers_above = layers[layer], layers[layer + 1 :]
 
     def record(self, inputs: dict, above: bool) -> tuple[Tensor, list[tuple]]:
-        """Run the model until what the layers above are called with is seen.
+        """Stop behind the edit layer, or, with `above`, when each layer above has been called.
 
         Returns (the edit layer's output, [(args, kwargs) of each layer above]).
         """
@@ -259,7 +307,7 @@ class FrozenModel:
         return hidden[0], calls
 
     def _call(self, inputs: dict) -> Tensor:
-        """Call the whole model for its logits (B, T, vocabulary)."""
+        """Call the whole model for its logits (B, T, vocabulary), within a generation too."""
         inputs = {key: value for key, value in inputs.items() if key != "labels"}
         # Qwen-VL keeps what its last prefill found about positions for the decoding steps.
         kept = {m: m.rope_deltas for m in self.model.modules() if hasattr(m, "rope_deltas")}
@@ -286,16 +334,16 @@ class FrozenModel:
 
     def check_replay(self, states: States, inputs: dict) -> None:
         """Compare the layers above, called one by one, with what the model makes of the inputs."""
-        own = self._call(inputs)[:, :-1]
-        own = own[states.masks.answer[:, 1:].to(own.device)]
+        answers = states.masks.answer[:, 1:]
+        logits = self._call(inputs)[:, :-1]
+        own = logits[answers.to(logits.device)].to(states.hidden.device)
         tolerance = 1e-4 if own.dtype == torch.float32 else 3e-2
         with plain_mode(states.hidden.device):
-            own = own.to(states.hidden.device).float()
             apart = (self.upper(states.hidden, states) - own).norm(dim=-1)
-            if not (apart <= tolerance * own.norm(dim=-1)).all():
+            if not (apart <= tolerance * own.float().norm(dim=-1)).all():
                 reason = "does more above it than call layers, norm and head"
                 name = type(self.model).__name__
-                remedy = "an editor cannot be trained there, perhaps at a higher layer"
+                remedy = "an editor cannot be trained there, but perhaps at a higher layer"
                 raise RuntimeError(f"edit layer {self.layer}: {name} {reason}; {remedy}")
 
 
@@ -359,12 +407,12 @@ class LiveEdit(nn.Module):
             # BLIP-2's `generate` passes by the top-level forward, and calls that of an inner model.
             if part is not model and hasattr(part, "generate"):
                 inner = part
-        inputs = ModelInputs(model, processor, config.prompt_style)
-        # Held outside of nn.Module's registry: the model is not ours to move, train or save.
-        self.__dict__.update(model=model, processor=processor, _inputs=inputs)
-        self.__dict__.update(frozen=FrozenModel(model, config.layer), _inner=inner)
-        width, c = model.config.get_text_config().hidden_size, config
-        self.generator = ExpertGenerator(width, c.module_dim, c.rank, c.heads, c.gain)
+        self.__dict__.update(model=model, _inner=inner)  # not ours to move, train or save
+        self.processor, self.frozen = processor, FrozenModel(model, config.layer)
+        self._format = InputFormat(model, processor, config.prompt_style)
+        width = model.config.get_text_config().hidden_size
+        sizes = (config.module_dim, config.rank, config.heads, config.gain)
+        self.generator = ExpertGenerator(width, *sizes)
         self.router = Router(width, config)
         self.norm = nn.LayerNorm(width)  # of the residual, shared by all experts
         self.experts = ExpertRepository(config.rank, width, config.slots, config.module_dim)
@@ -378,8 +426,8 @@ class LiveEdit(nn.Module):
         self.attach()
 
     def __reduce__(self):
-        remedy = "detach() the editor first, and save it with save_pretrained"
-        raise RuntimeError(f"a model with an editor attached cannot be copied or pickled; {remedy}")
+        remedy = "detach() the editor, and keep it by save_pretrained"
+        raise RuntimeError(f"an editor, or a model with one, cannot be copied or pickled; {remedy}")
 
     # ------------------------------------------------------------------------- an edit comes in
 
@@ -395,7 +443,7 @@ class LiveEdit(nn.Module):
         """
         questions = self._checked_edits(questions)
         chunks = in_batches(questions, batch_size)
-        made = [self._make_experts(self.capture(chunk, above=False)) for chunk in chunks]
+        made = [self._experts_and_keys(self.capture(chunk, above=False)) for chunk in chunks]
         return self._add_edits(questions, made)
 
     def edit_inputs(self, inputs: dict, questions: Sequence) -> list[Edit]:
@@ -405,34 +453,41 @@ class LiveEdit(nn.Module):
         """
         questions = self._checked_edits(questions)
         states = self.capture_inputs(inputs, above=False)
-        return self._add_edits(questions, [self._make_experts(states)])
+        if len(states.hidden) != len(questions):
+            raise ValueError(f"{len(questions)} edits for {len(states.hidden)} rows of inputs")
+        return self._add_edits(questions, [self._experts_and_keys(states)])
 
     def _checked_edits(self, questions: Sequence) -> list[Question]:
         if not self.trained_steps:
             remedy = "train it with training_losses or run.py, or load one with from_pretrained"
             raise RuntimeError(f"this editor was never trained, its experts are noise: {remedy}")
+        self._check_weights()
         questions = list(questions)
         for question in questions:
-            if not isinstance(question, (list, tuple)) or len(question) != 3:
+            is_edit = isinstance(question, (list, tuple)) and len(question) == 3
+            if not is_edit or not all(isinstance(text, str) for text in question[1:]):
                 raise TypeError(f"an edit is (image, prompt, target), not {question!r}")
+            if question[0] is None:
+                raise ValueError(f"the edit {question[1]!r} has no image: no query could keep it")
         return [Question(*question) for question in questions]
 
-    def _make_experts(self, states: States) -> dict[str, Tensor]:
+    def _experts_and_keys(self, states: States) -> dict[str, Tensor]:
         """Compute what the repository keeps of each row: U, V, phi_hat, psi_hat."""
         hidden, masks = states.hidden.float(), states.masks
         if not all(mask.any(1).all() for mask in masks):
             raise ValueError("each edit needs a row with an image, a prompt and labels")
         with plain_mode(hidden.device):
-            U, V = self._generate(hidden, masks, states.labels)
+            U, V = self._experts_of(states)
             prompt, image = Rows.gather(hidden, masks.prompt), Rows.gather(hidden, masks.image)
             visual_keys = self.router.visual_key(prompt, image)
-            text_keys = self.router.edit_side.text(prompt)
+            text_keys = self.router.text_key(prompt)
         return {"U": U, "V": V, "visual_keys": visual_keys, "text_keys": text_keys}
 
-    def _generate(self, hidden: Tensor, masks: RowMasks, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Make the experts of the rows of hidden (B, T, D): U and V (B, R, D)."""
-        used = masks.image | masks.prompt | masks.answer
-        return self.generator(hidden, used, masks.answer, self._embedded(labels[masks.answer]))
+    def _experts_of(self, states: States) -> tuple[Tensor, Tensor]:
+        """Generate the expert of each row: U and V (B, R, D)."""
+        image, prompt, answer = states.masks
+        embedded = self._embedded(states.labels[answer])
+        return self.generator(states.hidden.float(), image | prompt | answer, answer, embedded)
 
     @torch.no_grad()
     def _embedded(self, tokens: Tensor) -> Tensor:
@@ -445,8 +500,9 @@ class LiveEdit(nn.Module):
     def _add_edits(self, questions: list[Question], made: list[dict]) -> list[Edit]:
         if not questions:
             return []
-        now, names = time.time(), self.experts.shapes
-        tensors = {name: torch.cat([experts[name] for experts in made]) for name in names}
+        now, tensors = time.time(), {}
+        for name in self.experts.shapes:
+            tensors[name] = torch.cat([experts[name] for experts in made])
         with self._lock:
             edits = []
             for edit_id, (_, prompt, target) in enumerate(questions, start=self.experts.next_id):
@@ -541,9 +597,7 @@ class LiveEdit(nn.Module):
         """Add the residual of the experts that this call concerns."""
         call, self._thread.call = self._thread.call, None
         hidden = hidden_of(output)
-        if self.norm.weight.device != hidden.device:
-            with self._lock:
-                self.to(hidden.device)  # the model was moved
+        self._follow(hidden.device)
         # Its length includes this call: a longer one is decoding.
         cache = first_of(kwargs, *CACHES)
         if cache is not None and int(cache.get_seq_length()) > hidden.shape[1]:
@@ -553,6 +607,12 @@ class LiveEdit(nn.Module):
         if route is None or route.weights is None or self._thread.disabled:
             return None
         return with_hidden(output, self._add_residual(hidden, route))
+
+    def _follow(self, device: torch.device) -> None:
+        """Move to where the model's edit layer computes: the model may have been moved."""
+        if self.norm.weight.device != device:
+            with self._lock:
+                self.to(device)
 
     def _route_of_cache(self, cache, call: dict | None, hidden: Tensor) -> Route | None:
         """Take up the route of the prompt that filled this KV cache."""
@@ -567,7 +627,7 @@ class LiveEdit(nn.Module):
         refused = several and (route.has_image or ids is None)
         # One token without pictures, the usual step, is not looked at: a GPU would be waited for.
         if ids is not None and (several or pictures is not None):
-            refused = refused or self._inputs.has_image(ids)
+            refused = refused or self._format.has_image(ids)
         if refused:
             reason = "no chunked prefill, no second turn on an old cache"
             raise RuntimeError(f"pass the whole prompt, without a KV cache: {reason}")
@@ -603,24 +663,24 @@ class LiveEdit(nn.Module):
         """Choose the experts of a prompt and their weights, for all rows that have an image."""
         ids = call.get("input_ids")
         if self._thread.disabled or not len(self.experts):
-            return Route(has_image=ids is None or self._inputs.has_image(ids))
+            return Route(has_image=ids is None or self._format.has_image(ids))
         if ids is None:
             remedy = "pass input_ids too, or use `with editor.disabled():`"
             raise ValueError(f"embeddings alone do not tell where image and prompt are; {remedy}")
-        masks = self._inputs.masks(call, hidden.device)
+        masks = self._format.masks_of(call, hidden.device)
         rows = masks.image.any(1).nonzero().flatten()
         if not len(rows):
             return Route(has_image=False)
         if hidden.shape[:2] != ids.shape:
             raise RuntimeError("the edit layer does not see all tokens: choose a lower edit layer")
-        kept = call.get("logits_to_keep")
-        if first_of(call, *CACHES) is not None and isinstance(kept, int) and kept > 1:
+        wanted = call.get("logits_to_keep")
+        if first_of(call, *CACHES) is not None and isinstance(wanted, int) and wanted > 1:
             raise RuntimeError("assisted decoding puts guesses behind the prompt: decode without")
-        asked, alone = hidden, self._inputs.asked_alone(call)
+        asked, alone = hidden, self._format.asked_alone(call)
         if alone is not call:
             with self.disabled():
                 asked = self.frozen.record(alone, above=False)[0]
-            masks = self._inputs.masks(alone, hidden.device)
+            masks = self._format.masks_of(alone, hidden.device)
         with plain_mode(hidden.device), self._lock:
             routing = self._routing(asked, masks, rows)
             used = routing.weights.any(0)
@@ -660,7 +720,7 @@ class LiveEdit(nn.Module):
         self._check_inputs(inputs, "input_ids")
         inputs = {"labels": torch.full_like(inputs["input_ids"], IGNORE), **inputs}
         report: list[list[dict]] = [[] for _ in inputs["input_ids"]]
-        if not len(self.experts) or not self._inputs.has_image(inputs["input_ids"]):
+        if not len(self.experts) or not self._format.has_image(inputs["input_ids"]):
             return report
         states = self.capture_inputs(inputs, above=False)
         rows = states.masks.image.any(1).nonzero().flatten()
@@ -674,7 +734,7 @@ class LiveEdit(nn.Module):
             report[rows[i]].append(used | {"threshold": routing.threshold[i].item()})
         return [sorted(row, key=lambda used: -used["weight"]) for row in report]
 
-    # ------------------------------------------------------------- model inputs, lower layers
+    # --------------------------------------------------------------------- the lower layers
 
     def encode(self, image, prompt, target=None) -> dict:
         """Make model inputs for one question, or for lists of them, all with images or all without.
@@ -684,7 +744,7 @@ class LiveEdit(nn.Module):
         Raises TypeError or ValueError for what is no picture or text, an empty prompt or target, a
         prompt that holds the image token, and rows that are longer than the model can read.
         """
-        if self.processor is None:
+        if self._format.tokenizer is None:
             raise RuntimeError("this editor has no processor: use edit_inputs and capture_inputs")
         if isinstance(prompt, str):
             image, prompt, target = [image], [prompt], None if target is None else [target]
@@ -693,7 +753,7 @@ class LiveEdit(nn.Module):
             raise TypeError("encode takes one image, prompt and target, or a list of each")
         if not prompt or len({len(values) for values in given}) > 1:
             raise ValueError(f"encode takes lists of one length, not {[len(v) for v in given]}")
-        return self._inputs.encode(image, prompt, target)
+        return self._format.encode(image, prompt, target)
 
     def capture(
         self, questions: Sequence, batch_size=128, progress: Callable = list, above: bool = True
@@ -708,7 +768,7 @@ class LiveEdit(nn.Module):
         chunks = in_batches(questions, batch_size)
         batches = [self.encode(*map(list, zip(*chunk, strict=True))) for chunk in progress(chunks)]
         answers = [int((inputs["labels"] != IGNORE).any(0).sum()) for inputs in batches]
-        prompts = [len(i["labels"][0]) - n for i, n in zip(batches, answers, strict=True)]
+        prompts = [i["labels"].shape[1] - n for i, n in zip(batches, answers, strict=True)]
         # One column more when there are several: a batch without padding would get no mask.
         left, right, parts = max(prompts) + (len(chunks) > 1), max(answers), []
         for i in progress(range(len(batches))):
@@ -718,7 +778,7 @@ class LiveEdit(nn.Module):
         return parts[0] if len(parts) == 1 else States.concat(parts)
 
     def _padded(self, inputs: dict, left: int, right: int) -> dict:
-        fill = {"input_ids": self._inputs.tokenizer.pad_token_id, "labels": IGNORE}
+        fill = {"input_ids": self._format.tokenizer.pad_token_id, "labels": IGNORE}
         padded, shape = dict(inputs), inputs["input_ids"].shape
         for key, value in inputs.items():
             if value.shape[:2] == shape:
@@ -734,14 +794,18 @@ class LiveEdit(nn.Module):
         Raises RuntimeError if the two differ: then training would see another model.
         """
         self._check_inputs(inputs, "input_ids", "labels")
-        inputs = self._inputs.asked_alone(inputs)
+        if not self._handles:
+            raise RuntimeError("this editor is detached; call attach() first")
+        inputs = self._format.asked_alone(inputs)
         with self.disabled():
             hidden, calls = self.frozen.record(inputs, above)
-            masks = self._inputs.masks(inputs, hidden.device)
+            self._follow(hidden.device)
+            masks = self._format.masks_of(inputs, hidden.device)
             states = States(hidden, masks, inputs["labels"].to(hidden.device), tuple(calls))
             if above and not self._replay_checked:
                 self.frozen.check_replay(states, inputs)
-                self._replay_checked = bool(masks.image.any())
+                compared = masks.image.any(1) & masks.answer.any(1)
+                self._replay_checked = bool(compared.any())
         return states
 
     def _check_inputs(self, inputs: dict, *names: str) -> None:
@@ -753,7 +817,7 @@ class LiveEdit(nn.Module):
     # ------------------------------------------------------------------------ the editor learns
 
     def standardise(self, states: States) -> None:
-        """Fit the norms of a new editor to the states of some edits: see `generator.standardise`.
+        """Fit the norms of a new editor to the states of some edits: see `fit_norm`.
 
         All but `norm_V`, which reads embeddings. Raises RuntimeError on an editor that has been
         trained, ValueError if the states have no images, prompts and answers.
@@ -765,12 +829,12 @@ class LiveEdit(nn.Module):
             raise ValueError("norms are fitted to states of edits: with image, prompt and answer")
         prompt, image = hidden[masks.prompt].float(), hidden[masks.image].float()
         for side in (self.router.edit_side, self.router.input_side):
-            standardise(side.visual_norm, image)
-            standardise(side.visual_prompt_norm, prompt)
-            standardise(side.text_norm, prompt)
+            fit_norm(side.visual_norm, image)
+            fit_norm(side.visual_prompt_norm, prompt)
+            fit_norm(side.text_norm, prompt)
         used = hidden[masks.image | masks.prompt | masks.answer].float()
-        standardise(self.generator.norm_U, used)
-        standardise(self.norm, used)
+        fit_norm(self.generator.norm_U, used)
+        fit_norm(self.norm, used)
 
     def training_losses(
         self,
@@ -796,6 +860,8 @@ class LiveEdit(nn.Module):
         if batch < 2 or not torch.equal(owner[edits], torch.arange(batch, device=owner.device)):
             reason = "Eq. 15 takes another edit as negative"
             raise ValueError(f"a batch needs two edits or more, in the order of owner: {reason}")
+        if not ((role >= EDIT) & (role <= LOCALITY)).all():
+            raise ValueError("role may hold EDIT, GENERALITY and LOCALITY only")
         experts = batch if expert_batch_size is None else min(expert_batch_size, batch)
         if experts < 1:
             raise ValueError(f"expert_batch_size must be at least 1, not {expert_batch_size}")
@@ -805,7 +871,7 @@ class LiveEdit(nn.Module):
         prompt, image = Rows.gather(hidden, masks.prompt), Rows.gather(hidden, masks.image)
         in_scope = role != LOCALITY
 
-        text_keys = self.router.edit_side.text(prompt)
+        text_keys = self.router.text_key(prompt)
         features = self.router.features(prompt, image)
         # Eq. (12-16): one random pick of {edit, generality} goes through the edit side.
         # Differs from the paper: all of them go through the input side, they are there anyway.
@@ -814,55 +880,53 @@ class LiveEdit(nn.Module):
         visual_keys = self.router.visual_key(prompt.select(picks), image.select(picks))
         similarity = self.router.visual_similarity(features.visual, visual_keys)
 
-        # The edits that experts are made of, and the rows that these are mixed into.
-        made, mixed = edits[:experts], (owner < experts).nonzero().flatten()
-        masks_made = RowMasks(*(mask[made] for mask in masks))
-        U, V = self._generate(hidden[made], masks_made, states.labels[made])
-        # Differs from the paper, which mixes all experts of the batch into each row: as when asked,
-        # a row gets those that the hard filter keeps, and in scope its own. Otherwise the locality
-        # loss makes experts timid where the filter will keep them away.
         _, kept = self.router.hard_filter(similarity, features)
-        own_expert = F.one_hot(owner[mixed], experts).bool() & in_scope[mixed, None]
-        kept = kept[mixed, :experts] | own_expert
-        scores = text_similarity(features.text[mixed], text_keys[made])
-        weights = soft_weights(scores, kept)
-        touched = kept.any(1)  # the layers above need not run for the others
-        mixed, weights = mixed[touched], weights[touched]
-        edited = hidden[mixed] + apply_experts(self.norm(hidden[mixed]), U, V, weights)
+        scores = text_similarity(features.text, text_keys[edits[:experts]])
+        edited, mixed = self._mix_experts(states, edits[:experts], owner, in_scope, scores, kept)
         losses = self._editing_losses(edited, states.select(mixed), role[mixed], experts)
-
-        similar = self.router.visual_logits(similarity)
-        sentinel = self.router.visual_logits(self.router.sentinel_similarity(features))
-        losses["filter"] = hard_filter_loss(similar, sentinel, owner, in_scope)
         # Differs from Eq. (16): hard locality, even of the edit's own question, is a negative too.
         keys = [text_keys[picks], text_keys[~in_scope]]
         if text_locality is not None:
-            keys.append(self.router.edit_side.text(text_locality))
-        scores, own = text_similarity(features.text[in_scope], torch.cat(keys)), owner[in_scope]
-        other = (own + torch.randint(1, batch, own.shape, device=own.device)) % batch
-        losses["sigmoid"], losses["softmax"] = soft_router_losses(scores, own, other)
-        losses["total"] = sum(losses.values())
+            keys.append(self.router.text_key(text_locality))
+        losses |= self._routing_losses(features, similarity, torch.cat(keys), owner, in_scope)
+        losses["total"] = sum(losses.values())  # l_edit + l_route
         self.trained_steps += torch.is_grad_enabled()  # `edit` refuses an editor without training
         return losses
+
+    def _mix_experts(
+        self, states: States, edits: Tensor, owner: Tensor, in_scope: Tensor, scores, kept
+    ) -> tuple[Tensor, Tensor]:
+        """Edit the rows that use an expert of the edits (E,): (hidden states, their rows).
+
+        scores (n, E) of Eq. (7); kept (n, B) by the filter.
+        Differs from the paper, which mixes all experts of the batch into each row: in scope a row
+        gets its own and, as when asked, those that the filter keeps. Otherwise the locality loss
+        makes experts timid where the filter will keep them away.
+        """
+        U, V = self._experts_of(states._replace(calls=()).select(edits))
+        mixed = (owner < len(edits)).nonzero().flatten()
+        own_expert = F.one_hot(owner[mixed], len(edits)).bool() & in_scope[mixed, None]
+        kept = kept[mixed, : len(edits)] | own_expert
+        weights = soft_weights(scores[mixed], kept)
+        touched = kept.any(1)  # the layers above need not run for the others
+        mixed, weights = mixed[touched], weights[touched]
+        hidden = states.hidden[mixed].float()
+        return hidden + apply_experts(self.norm(hidden), U, V, weights), mixed
 
     def _editing_losses(self, edited: Tensor, states: States, role: Tensor, batch: int) -> dict:
         """Compute Eq. (8-11): means over a row's answer tokens, then over samples.
 
         Differs from the paper: the rows of a sample are summed, and hard locality is trained too.
         """
-        inside, outside = (
-            rows.nonzero().flatten() for rows in (role != LOCALITY, role == LOCALITY)
-        )
+        inside, outside = (role != LOCALITY).nonzero()[:, 0], (role == LOCALITY).nonzero()[:, 0]
         changed = states.select(inside)
         logits, row, share = self._edited_answers(edited[inside], changed, batch)
         targets = changed.labels[changed.masks.answer]
+        # Eq. (8), reliability; Eq. (9) and Eq. (10), generality: -log f(o | v, p)
         wrong = F.cross_entropy(logits, targets, reduction="none") * share
         of_edit = role[inside][row] == EDIT
-        losses = {
-            "reliability": wrong[of_edit].sum(),  # Eq. (8)
-            "generality": wrong[~of_edit].sum(),  # Eq. (9, 10)
-            "locality": wrong.new_zeros(()),
-        }
+        losses = {"reliability": wrong[of_edit].sum(), "generality": wrong[~of_edit].sum()}
+        losses["locality"] = wrong.new_zeros(())
         if len(outside):
             untouched = states.select(outside)
             logits, _, share = self._edited_answers(edited[outside], untouched, batch)
@@ -871,6 +935,22 @@ class LiveEdit(nn.Module):
             # Eq. (11): KL( f_base || f_edited ), of rows with an image: no other row is edited.
             drift = F.kl_div(logits.log_softmax(-1), base, reduction="none", log_target=True)
             losses["locality"] = (drift.sum(-1) * share).sum()
+        return losses
+
+    def _routing_losses(
+        self, features: Features, similarity: Tensor, text_keys: Tensor, owner: Tensor, in_scope
+    ) -> dict[str, Tensor]:
+        """Compute Eq. (13-16) of n queries; Eq. (14) is the sum of Eq. (15) and Eq. (16).
+
+        similarity (n, B) with the visual keys; text_keys: those of the B edits come first.
+        """
+        similar = self.router.visual_logits(similarity)
+        sentinel = self.router.visual_logits(self.router.sentinel_similarity(features))
+        losses = {"filter": hard_filter_loss(similar, sentinel, owner, in_scope)}
+        scores, own = text_similarity(features.text[in_scope], text_keys), owner[in_scope]
+        batch = similarity.shape[1]
+        other = (own + torch.randint(1, batch, own.shape, device=own.device)) % batch
+        losses["sigmoid"], losses["softmax"] = soft_router_losses(scores, own, other)
         return losses
 
     def _edited_answers(self, edited: Tensor, states: States, batch: int) -> tuple[Tensor, ...]:
@@ -891,9 +971,7 @@ class LiveEdit(nn.Module):
         A process that is killed leaves the older or the newer save whole.
         Raises RuntimeError if the folder holds another editor, ValueError for weights of NaN.
         """
-        for name, weight in self.named_parameters():
-            if not weight.isfinite().all():
-                raise ValueError(f"the editor's weight {name} holds numbers that are not finite")
+        self._check_weights()
         folder, digest = Path(folder), self._digest()
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / CONFIG_FILE
@@ -908,11 +986,14 @@ class LiveEdit(nn.Module):
         _write(config, json.dumps(content, indent=2).encode())
 
     @classmethod
-    def from_pretrained(cls, model: nn.Module, processor, folder: str | Path):
+    def from_pretrained(cls, model: nn.Module, processor, folder: str | Path, **changes):
         """Load a saved editor with its edits and attach it.
 
+        changes: `threshold` and `newest_wins` may be other than saved.
         Raises FileNotFoundError, TypeError or ValueError that says what is missing or does not fit.
         """
+        if unknown := sorted(changes.keys() - {"threshold", "newest_wins"}):
+            raise TypeError(f"{unknown[0]} of a trained editor cannot be changed")
         folder, editor = Path(folder), None
         if not (folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{folder} is no saved editor: it has no {CONFIG_FILE}")
@@ -920,7 +1001,8 @@ class LiveEdit(nn.Module):
             content = json.loads((folder / CONFIG_FILE).read_text())
             if content.get("format") != FORMAT:
                 raise ValueError("it is of an older version of LiveEdit; train it anew")
-            editor = cls(model, processor, LiveEditConfig(**content["config"]))
+            config = replace(LiveEditConfig(**content["config"]), **changes)
+            editor = cls(model, processor, config)
             editor._load(folder, content)
         except Exception as error:
             if editor is not None:
@@ -979,7 +1061,8 @@ class LiveEdit(nn.Module):
 
     def _digest(self) -> str:
         """Identify the editor by all that its experts depend on."""
-        digest = hashlib.sha256(repr(self.config).encode())
+        lasting = replace(self.config, threshold=None, newest_wins=True)
+        digest = hashlib.sha256(repr(lasting).encode())
         for key, value in sorted(self._networks().items()):
             digest.update(key.encode())
             digest.update(value.numpy())
@@ -995,13 +1078,13 @@ class LiveEdit(nn.Module):
             described["embeddings"] = weight[:16, 0].float().tolist()
         return described
 
-
-def _dense_input(head: nn.Module, args: tuple) -> tuple | None:
-    """Copy the head's input (B, T, D), which is a slice where not all logits are wanted.
-
-    PyTorch multiplies a slice with frozen weights row by row, and copies the whole head for each.
-    """
-    return (args[0].clone(memory_format=torch.contiguous_format), *args[1:]) if args else None
+    def _check_weights(self) -> None:
+        # At each edit: sums are several times as fast, and one look at all waits for a GPU once.
+        if torch.stack([weight.sum() for weight in self.parameters()]).isfinite().all():
+            return
+        for name, weight in self.named_parameters():
+            if not weight.isfinite().all():
+                raise ValueError(f"the editor's weight {name} holds numbers that are not finite")
 
 
 def _alike(saved, here) -> bool:
@@ -1022,45 +1105,10 @@ def _write(file: Path, content: bytes) -> None:
     os.replace(draft, file)
 
 
-def _is_per_row(leaf: Tensor, rows: int) -> bool:
-    """Has this argument of a layer one entry for each row, or several in turn (Mllama's tiles)?"""
-    return leaf.dim() > 1 and len(leaf) == rows or leaf.dim() > 2 and len(leaf) % rows == 0
-
-
-def _select_rows(leaf, chosen: Tensor, rows: int):
-    if not isinstance(leaf, Tensor):
-        return _same_for_all([leaf])
-    if not _is_per_row(leaf, rows):
-        return leaf
-    return leaf.unflatten(0, (rows, -1))[chosen].flatten(0, 1)
-
-
-def _same_for_all(leaves: Sequence):
-    """Pass on a layer's argument that is no tensor. Raises ValueError if it may concern rows."""
-    known = all(leaf is None or isinstance(leaf, (bool, int, float, str)) for leaf in leaves)
-    if not known or len(set(leaves)) > 1:
-        kinds = " and ".join(sorted({type(leaf).__name__ for leaf in leaves}))
-        remedy = 'capture all questions at once, in a model with attn_implementation="sdpa"'
-        raise ValueError(f"a layer's argument, {kinds}, cannot be cut or joined by rows: {remedy}")
-    return leaves[0]
-
-
-def _concat_rows(leaves: tuple, counts: list[int]):
-    if not all(isinstance(leaf, Tensor) for leaf in leaves):
-        return _same_for_all(leaves)
-    first = leaves[0]
-    if (first.dim() < 2 or len(first) == 1) and all(torch.equal(leaf, first) for leaf in leaves):
-        return first  # the same for all rows, such as position embeddings
-    parts = []
-    for leaf, rows in zip(leaves, counts, strict=True):
-        parts.append(leaf if _is_per_row(leaf, rows) else leaf.expand(rows, *leaf.shape[1:]))
-    return torch.cat(parts)
-
-
 # ------------------------------------------------------------------------------- model inputs
 
 
-class ModelInputs:
+class InputFormat:
     """Makes model inputs as the processor wants them, and tells which of their rows are what."""
 
     def __init__(self, model: nn.Module, processor, prompt_style: str):
@@ -1130,7 +1178,10 @@ class ModelInputs:
         return f"{self.image_token}\n" * token + question + end
 
     def _rendered(self, said: list[str], has_image: bool, **settings) -> str | None:
-        """Render a chat, the user's turn first; None if the template does not show what is said."""
+        """Render a chat, the user's turn first; None if the template does not show what is said.
+
+        has_image: each turn has a picture; chats of several turns are rendered without.
+        """
         for as_parts in (True, False):  # most templates take a list of parts, old ones a string
             turns = []
             for i, text in enumerate(said):
@@ -1239,7 +1290,7 @@ class ModelInputs:
             labels = F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)
         return ids, mask, labels
 
-    def masks(self, inputs: dict, device: torch.device) -> RowMasks:
+    def masks_of(self, inputs: dict, device: torch.device) -> RowMasks:
         """Find the image, prompt and answer rows: of a chat, the last question is the prompt."""
         ids, mask, labels = self._per_token(inputs)
         special = torch.tensor(self._special_ids, device=ids.device)

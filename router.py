@@ -4,7 +4,7 @@ A visual hard filter drops the experts whose image has nothing to do with the qu
 router weighs the rest; of edits of the same fact the newest counts.
 Copy this file with generator.py and liveedit.py into another codebase; it needs torch only.
 
-B batch       T sequence length      V vision tokens    P prompt tokens
+B batch       T sequence length      V vision tokens
 D hidden size of the model           M module width     Q learned queries (R or K of them)
 N experts     R rank of an expert    K feature slots    H attention heads
 In einsums: b batch, n experts, k slots, m module width.
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from generator import CrossAttention
 
+nce = F.cross_entropy  # Eq. (12): nce(a, b+, {b_j}) = -log( exp(a.b+) / sum_j exp(a.b_j) )
 IGNORE = -100  # the label of tokens that are no answer, by Hugging Face's convention
 # By how much, in logits of the routing losses, the filter must keep experts that count as edits of
 # one fact. Chosen on scenes of the editor's training.
@@ -34,19 +35,25 @@ class RowMasks(NamedTuple):
 
 
 def row_masks(
-    ids: Tensor, mask: Tensor | None, labels: Tensor | None, image_token_id: int, special: Tensor
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    image_token_id: int,
+    special_ids: Tensor,
 ) -> RowMasks:
-    """Find the image, prompt and answer rows of input ids (B, T).
+    """Find the image, prompt and answer rows of input_ids (B, T).
 
     Answer rows are those whose label is not -100. Prompt rows are the other tokens behind the first
     image, or, where none follow, all text tokens but the leading special ones.
     """
-    attended = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    image = (ids == image_token_id) & attended
+    attended = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        attended = attention_mask.bool()
+    image = (input_ids == image_token_id) & attended
     answer = torch.zeros_like(image) if labels is None else labels != IGNORE
     text = attended & ~image & ~answer
     behind = text & (image.cumsum(1) > 0)
-    leading = (torch.isin(ids, special) | ~attended).cumprod(1).bool()
+    leading = (torch.isin(input_ids, special_ids) | ~attended).cumprod(1).bool()
     prompt = torch.where(behind.any(1, keepdim=True), behind, text & ~leading)
     return RowMasks(image, prompt, answer)
 
@@ -73,7 +80,7 @@ class Rows(NamedTuple):
 class FeatureExtractor(nn.Module):
     """Routing features; the edit side and the input side have the same form, other weights.
 
-    Learned queries and norms before the attention are as in `ExpertGenerator`.
+    Norms stand before the attention, as in `ExpertGenerator`.
     Differs from the official code: the visual branch has a norm for prompts and one for images.
     """
 
@@ -132,6 +139,7 @@ class Router(nn.Module):
         """
         super().__init__()
         self.cosine = config.similarity == "cosine"
+        self.similarity_scale = 1.0 if self.cosine else config.module_dim**-0.5
         self.threshold, self.newest_wins = config.threshold, config.newest_wins
         sizes = (hidden_size, config.module_dim, config.slots, config.heads)
         self.edit_side = FeatureExtractor(*sizes)
@@ -145,6 +153,10 @@ class Router(nn.Module):
         asked = self.edit_side.visual_query(prompt)
         return self._unit(self.edit_side.visual(asked, image))
 
+    def text_key(self, prompt: Rows) -> Tensor:
+        """Compute the edit-side psi_hat (B, K, M)."""
+        return self.edit_side.text(prompt)
+
     def features(self, prompt: Rows, image: Rows) -> Features:
         """Compute the input-side features."""
         asked = self.input_side.visual_query(prompt)
@@ -157,25 +169,24 @@ class Router(nn.Module):
         return F.normalize(features, dim=-1) if self.cosine else features
 
     def visual_similarity(self, visual: Tensor, keys: Tensor) -> Tensor:
-        """Compare phi_bar (B, K, M) with keys (N, K, M): cosines, averaged over the slots, (B, N).
+        """Compare phi_bar (B, K, M) with keys (N, K, M), averaged over the slots: (B, N).
 
         Differs from the paper: cosine instead of the dot product, unless similarity is "dot".
         """
-        if not self.cosine:
-            return text_similarity(visual, keys)
-        return visual.flatten(1) @ keys.flatten(1).T / keys.shape[1]
+        scale = self.similarity_scale / keys.shape[1]
+        return visual.flatten(1) @ keys.flatten(1).T * scale
 
     def sentinel_similarity(self, features: Features) -> Tensor:
         """Compare each query with the sentinel as its own prompt sees it, (B,)."""
         products = (features.visual * features.sentinel).sum(-1).mean(-1)
-        return products if self.cosine else products * features.visual.shape[-1] ** -0.5
+        return products * self.similarity_scale
 
     def visual_logits(self, similarity: Tensor) -> Tensor:
         """Turn similarities into logits of the routing losses."""
         return similarity * self.log_scale.exp() if self.cosine else similarity
 
     def hard_filter(self, similarity: Tensor, features: Features) -> tuple[Tensor, Tensor]:
-        """Compare similarities (B, N) with each query's threshold (B,): that, and who is kept."""
+        """Return each query's threshold (B,) and which experts it keeps (B, N)."""
         threshold = self.sentinel_similarity(features)
         if self.threshold is not None:
             threshold = torch.full_like(threshold, self.threshold)
@@ -226,20 +237,18 @@ def soft_weights(scores: Tensor, kept: Tensor) -> Tensor:
 
 
 def hard_filter_loss(similar: Tensor, sentinel: Tensor, own: Tensor, in_scope: Tensor) -> Tensor:
-    """Compute Eq. (13) for Q queries and B experts.
+    """Compute Eq. (13) for n queries and B experts.
 
-    similar (Q, B) and sentinel (Q,) are logits with the experts and with the query's own sentinel;
-    own (Q,) is the query's expert, in_scope (Q,) whether that edit changes the query's answer. Such
+    similar (n, B) and sentinel (n,) are logits with the experts and with the query's own sentinel;
+    own (n,) is the query's expert, in_scope (n,) whether that edit changes the query's answer. Such
     a query must prefer its expert to all others and to the sentinel, any other query the sentinel.
     Differs from Eq. (13): a query in scope is out of scope of every *other* edit, so without its
     own expert it must prefer the sentinel too. Without this term nothing pushes other edits below
     the threshold of a dense stream. And the temperature is learned, where cosines are compared.
     """
-    logits = torch.cat([similar, sentinel[:, None]], dim=1)  # (Q, B + 1)
+    logits = torch.cat([similar, sentinel[:, None]], dim=1)  # (n, B + 1)
     last = torch.full_like(own, similar.shape[1])
     without_own = logits.scatter(1, own[:, None], -torch.inf)
-    # Eq. (12): nce(a, b+, {b_j}) = -log( exp(a.b+) / sum_j exp(a.b_j) ), the cross entropy
-    nce = F.cross_entropy
     # Eq. (13), and its third term
     loss = nce(logits[in_scope], own[in_scope]) + nce(without_own[in_scope], last[in_scope])
     if not in_scope.all():
@@ -248,15 +257,15 @@ def hard_filter_loss(similar: Tensor, sentinel: Tensor, own: Tensor, in_scope: T
 
 
 def soft_router_losses(scores: Tensor, own: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute (l_sr1, l_sr2) of Q queries in scope of an edit.
+    """Compute (l_sr1, l_sr2) of n queries in scope of an edit.
 
-    scores (Q, B + L) are text similarities with the keys of B edits and of L locality samples; own
-    (Q,) is the query's expert, negative (Q,) one random other edit.
+    scores (n, B + L) are text similarities with the keys of B edits and of L locality samples; own
+    (n,) is the query's expert, negative (n,) one random other edit.
     """
     own_score = scores.gather(1, own[:, None]).squeeze(1)
     other_score = scores.gather(1, negative[:, None]).squeeze(1)
     # Eq. (15): -log sigmoid(s_own) - log(1 - sigmoid(s_negative))
     l_sr1 = -(F.logsigmoid(own_score) + F.logsigmoid(-other_score)).mean()
     # Eq. (16): the own expert's key against the keys of all edits and of all locality samples
-    l_sr2 = F.cross_entropy(scores, own)
+    l_sr2 = nce(scores, own)
     return l_sr1, l_sr2

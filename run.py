@@ -37,7 +37,7 @@ import data
 from benchmarks.figure import draw_edits
 from benchmarks.updates import evaluate_updates, updates_table
 from data import LOCALITY_QUERIES, PORTABILITY, QUERY_NAMES, EditSample, Query
-from liveedit import EDIT, GENERALITY, LOCALITY, LiveEdit, LiveEditConfig, Question
+from liveedit import EDIT, GENERALITY, LOCALITY, LiveEdit, LiveEditConfig, Question, States
 from router import IGNORE, Rows
 
 SHORT_NAMES = {
@@ -54,12 +54,16 @@ ROLES = {
 }
 # How an editor is trained where the command line does not say otherwise: models of 7B as in the
 # paper, with Adam; small ones (hidden size below SMALL_WIDTH) with Muon, on many edits a step.
-PAPER = {"train_steps": 40_000, "train_samples": 20_000, "learning_rate": 1e-4}
-PAPER |= {"batch_size": 8, "expert_batch_size": 8}
+PAPER = {
+    "train_steps": 40_000, "train_samples": 20_000, "batch_size": 8, "expert_batch_size": 8,
+    "learning_rate": 1e-4,
+}  # fmt: skip
 PAPER_CUT = 10_000  # step at which the paper's learning rate falls to a tenth
-# At twice this rate experts stop to act where the first token is said: their gates die.
-SMALL = {"train_steps": 1000, "train_samples": 14_000, "learning_rate": 1.5e-3}
-SMALL |= {"batch_size": 128, "expert_batch_size": 32}
+SMALL = {
+    "train_steps": 1000, "train_samples": 14_000, "batch_size": 128, "expert_batch_size": 32,
+    # At twice this rate experts stop to act where the first token is said: their gates die.
+    "learning_rate": 1.5e-3,
+}  # fmt: skip
 SMALL_WIDTH = 1024
 # Hidden numbers per token of the experts of a small model's training step: the wider the model, the
 # fewer experts, down to the paper's, and samples in proportion. Steps then take about as long.
@@ -100,12 +104,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     how("--rank", type=int, help="rank of an expert (default 4; small models 12)")
     how("--similarity", choices=("cosine", "dot"), help="of the visual filter (default cosine)")
     how("--threshold", type=float, help="of the visual filter (default the learned sentinel's)")
-    how(
-        "--blend",
-        action="store_true",
-        default=None,
-        help="the paper's plain soft router: newest does not win",
-    )
+    how("--blend", action="store_true", help="the paper's plain soft router: newest does not win")
     training = parser.add_argument_group("its training (defaults by the model's size)").add_argument
     training("--train-steps", type=int)
     training("--train-samples", type=int, help="of the drawn world")
@@ -114,7 +113,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     training("--learning-rate", type=float)
     training("--resume", action="store_true", help="continue an interrupted training in --out")
     machine = parser.add_argument_group("the machine").add_argument
-    machine("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
+    machine("--device", default="auto", help="auto (an accelerator, else cpu) or a torch device")
     machine("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     machine("--eval-batch-size", type=int, help="questions per forward pass outside of training")
     machine("--seed", type=int, default=0, help="of training and stream (default 0)")
@@ -132,7 +131,7 @@ def wrong_options(options: argparse.Namespace) -> str | None:
         value = getattr(options, name)
         if value is not None and not value >= smallest:
             return f"--{name.replace('_', '-')} must be at least {smallest}, not {value}"
-    for name in ("layer", "rank", "similarity", "threshold", "blend", *PAPER):
+    for name in ("layer", "rank", "similarity", *PAPER):
         if options.editor and getattr(options, name) is not None:
             return f"--{name.replace('_', '-')} belongs to a training, but --editor is trained"
     if options.editor and options.resume:
@@ -237,10 +236,13 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
         empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
     config, width = config_for(empty, options), empty.config.get_text_config().hidden_size
     layer = LiveEdit(empty, None, config).config.layer  # raises if it cannot be edited there
-    defaults = training_defaults(width)
+    defaults, experts = training_defaults(width), options.expert_batch_size
     for key, value in (defaults | {"eval_batch_size": max(4, 2**14 // width)}).items():
         if getattr(options, key) is None:
             setattr(options, key, value)
+    if experts and experts > options.batch_size:
+        batch = options.batch_size
+        raise ValueError(f"--expert-batch-size {experts} is more than a batch of {batch}")
     samples, stream = load_samples(options)
     if samples:
         options.batch_size = min(options.batch_size, len(samples) // PROCESSES)
@@ -260,7 +262,9 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
         print("the model is in float16: gradients above the edit layer are scaled by 1024")
     if not options.editor:
         return LiveEdit(model, processor, config), samples, stream
-    editor = LiveEdit.from_pretrained(model, processor, options.editor)
+    changes = {"newest_wins": False} if options.blend else {}
+    changes |= {} if options.threshold is None else {"threshold": options.threshold}
+    editor = LiveEdit.from_pretrained(model, processor, options.editor, **changes)
     if editor.config.prompt_style != options.prompt_style:
         raise ValueError(f"{options.editor} needs --prompt-style {editor.config.prompt_style}")
     return editor, samples, stream
@@ -333,7 +337,7 @@ class TrainingSet:
             self.rows = torch.arange(sum(counts)).split(counts)
             self.text_rows = torch.arange(sum(has_text)).split(has_text)
 
-    def _capture(self, samples: list[EditSample], progress) -> tuple:
+    def _capture(self, samples: list[EditSample], progress) -> tuple[States, Rows | None]:
         texts = [s.queries["text_locality"] for s in samples if "text_locality" in s.queries]
         states = self.editor.capture(pictured_questions(samples), self.batch_size, progress)
         if not texts:
@@ -341,7 +345,7 @@ class TrainingSet:
         text = self.editor.capture([question(t) for t in texts], self.batch_size, above=False)
         return states, Rows.gather(text.hidden, text.masks.prompt)
 
-    def batch(self, chosen: list[int]) -> tuple:
+    def batch(self, chosen: list[int]) -> tuple[States, Tensor, Tensor, Rows | None]:
         """Give states, roles and owners of the pictured rows, and rows of text-only prompts."""
         device = self.editor.norm.weight.device
         if self.states is None:

@@ -43,7 +43,7 @@ from generator import (
     ExpertGenerator,
     ExpertRepository,
     apply_experts,
-    standardise,
+    fit_norm,
 )
 from liveedit import EDIT, GENERALITY, LOCALITY, LiveEdit, LiveEditConfig, Question, States
 from router import (
@@ -179,7 +179,7 @@ def test_agrees_with_the_official_modules():
     U, V = generator(torch.cat([p.states for p in prompts]))
     pairs = list(zip(prompts, images, strict=True))
     visual_keys = torch.cat([router.visual_key(p, i) for p, i in pairs])
-    text_keys = torch.cat([router.edit_side.text(p) for p in prompts])
+    text_keys = torch.cat([router.text_key(p) for p in prompts])
     features = router.features(prompts[0], images[0])
     routing = router.route(features, visual_keys, text_keys)
     kept = routing.experts
@@ -264,19 +264,13 @@ def test_routing_losses_are_the_equations():
 
 
 def test_an_untrained_generator_copies_the_answer_token_by_token():
-    generator, states = ExpertGenerator(32, 32, 4, 2, 1.0), torch.randn(1, 9, 32)
-    answer = torch.arange(9)[None] >= 5
-    mask = torch.arange(9)[None] >= 2
-    U, V = generator(states, mask, answer)
-    for i, row in enumerate(range(5, 9)):
-        assert F.cosine_similarity(V[0, i], states[0, row], dim=0) > 0.7
-        assert F.cosine_similarity(U[0, i], states[0, row - 1], dim=0) > 0.7
-    embedded = torch.randn(4, 32)
-    V = generator(states, mask, answer, embedded)[1]
+    generator, states = ExpertGenerator(32, 32, 4, 2, 1.0), torch.randn(1, 12, 32)
+    rows, embedded = torch.arange(9)[None], torch.randn(4, 32)
+    U, V = generator(states[:, :9], rows >= 2, rows >= 5, embedded)
+    assert F.cosine_similarity(U[0], states[0, 4:8], dim=1).min() > 0.7  # where they are said
     assert F.cosine_similarity(V[0], embedded, dim=1).min() > 0.7
-    longer = torch.cat([states, torch.randn(1, 3, 32)], dim=1)
-    rows = torch.arange(12)[None]
-    assert torch.isfinite(torch.cat(generator(longer, rows >= 2, rows >= 5))).all()
+    rows = torch.arange(12)[None]  # an answer that is longer than the rank
+    assert torch.cat(generator(states, rows >= 2, rows >= 5, torch.randn(7, 32))).isfinite().all()
 
 
 def test_a_constant_channel_is_not_blown_up():
@@ -284,7 +278,7 @@ def test_a_constant_channel_is_not_blown_up():
     constant = torch.zeros(500, 4)  # in its last two channels, before and behind the norm
     constant[:, :2] = torch.cat([sign, -sign], dim=1)
     norm = torch.nn.LayerNorm(4)
-    standardise(norm, constant)
+    fit_norm(norm, constant)
     assert_same(norm(constant)[:, 2:], torch.zeros(500, 2))
 
 
@@ -293,24 +287,23 @@ def test_rows_of_an_answer_carry_their_place_wherever_they_stand():
     generator, states = ExpertGenerator(8, 8, 2, 2, 1.0), torch.randn(3, 7, 8)
     torch.nn.init.normal_(generator.attention_V.to_query.weight)
     answer = torch.tensor([[0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0, 0]])
-    answer, mask = answer.bool(), torch.ones(3, 7).bool()
+    answer, mask, embedded = answer.bool(), torch.ones(3, 7).bool(), torch.randn(6, 8)
     mask[0, 0] = mask[2, 3:] = False
-    both = generator(states, mask, answer)
+    U, V = generator(states, mask, answer, embedded)
+    left = list(embedded)
     for b in range(3):
-        for made, attention, queries, norm, back in (
-            (both[0], generator.attention_U, generator.queries_U, generator.norm_U, 1),
-            (both[1], generator.attention_V, generator.queries_V, generator.norm_V, 0),
-        ):
-            read, places, number = [], [], 0
-            for t in mask[b].nonzero().flatten().tolist():
-                place = torch.zeros(8)
-                if answer[b, t]:
-                    number += 1
-                    place = generator.places[0, number - 1] if number <= 2 else place
-                read.append(states[b, t - back if answer[b, t] else t])
-                places.append(place)
-            expected = attention(queries, norm(torch.stack(read))[None], None, torch.stack(places))
-            assert_close(made[b], expected[0] * generator.scale, 1e-5)
+        said, read, places, number = [], [], [], 0
+        for t in mask[b].nonzero().flatten().tolist():
+            number += int(answer[b, t])
+            placed = answer[b, t] and number <= 2
+            places.append(generator.places[0, number - 1] if placed else torch.zeros(8))
+            said.append(states[b, t - 1 if answer[b, t] else t])
+            read.append(left.pop(0) if answer[b, t] else states[b, t])
+        said, read, places = torch.stack(said)[None], torch.stack(read)[None], torch.stack(places)
+        expected = generator.attention_U(generator.queries_U, generator.norm_U(said), None, places)
+        assert_close(U[b], expected[0] * generator.scale, 1e-5)
+        expected = generator.attention_V(generator.queries_V, generator.norm_V(read), None, places)
+        assert_close(V[b], expected[0] * generator.scale, 1e-5)
 
 
 def test_prompt_rows_follow_the_image_or_else_the_leading_special_tokens():
@@ -419,6 +412,8 @@ def test_detached_and_disabled_are_bit_equal_and_foreign_hooks_survive(base):
     assert_same(logits_of(editor, inputs), edited)
     editor.detach()
     assert editor.detach() is model
+    with pytest.raises(RuntimeError, match="is detached"):
+        editor.edit_many(questions(1))
     calls.clear()
     assert_same(logits_of(editor, inputs), original)
     assert calls == ["model", "layer"]
@@ -599,6 +594,8 @@ def test_what_cannot_be_routed_is_refused(editor):
     editor.attach()
     editor.edit(picture(), QUESTIONS[0], "heart")
     model, cache = editor.model, editor.model(**inputs, use_cache=True).past_key_values
+    twice = copy.deepcopy(cache)
+    twice.batch_repeat_interleave(2)
     guessed = editor.encode(picture(), "heart and star heart and star heart")
     with pytest.raises(Exception, match="pixel|size|shape"):  # below the edit layer
         model(**inputs | {"pixel_values": torch.zeros(1, 3, 5, 5)})
@@ -614,6 +611,7 @@ def test_what_cannot_be_routed_is_refused(editor):
             "guesses",
             lambda: model.generate(**guessed, max_new_tokens=2, prompt_lookup_num_tokens=1),
         ),
+        ("had 1 rows", lambda: model(input_ids=token.expand(2, 1), past_key_values=twice)),
         ("labels", lambda: model(**inputs, labels=inputs["input_ids"])),
     ]
     for message, call in refused:
@@ -756,6 +754,10 @@ def test_saving_and_loading(base, tmp_path, monkeypatch):
     assert_same(logits_of(loaded, inputs), newer)
     assert loaded.edits() == editor.edits() and loaded.trained_steps == 1
     assert loaded.edit(*questions(1)[0]).id == forgotten.id + 1, "an id was used again"
+    changed = LiveEdit.from_pretrained(load_tiny(), base[1], folder, threshold=1.0)
+    assert not torch.equal(logits_of(changed, inputs), newer)
+    changed.save_pretrained(folder)  # the same editor with another setting
+    assert load().config.threshold == 1.0
     with torch.no_grad():
         editor.norm.bias += 1
     with pytest.raises(RuntimeError, match="another editor"):
@@ -884,7 +886,7 @@ def test_the_last_question_of_a_chat_is_routed_as_if_asked_alone(base, side, mon
     single = chat_inputs(processor, images, [[edited], [long]], side)
     chat = chat_inputs(processor, images, [[other, third, edited], [long]], side)
     for ids, prompt in zip(
-        chat["input_ids"], editor._inputs.masks(chat, editor.model.device).prompt, strict=True
+        chat["input_ids"], editor._format.masks_of(chat, editor.model.device).prompt, strict=True
     ):
         asked = processor.tokenizer.decode(ids[prompt]).strip()
         assert asked in (f"{edited} ASSISTANT:", f"{long} ASSISTANT:")
@@ -934,7 +936,7 @@ def test_chats_are_recognised_by_the_template(base, monkeypatch):
     for template, opening in openings.items():
         monkeypatch.setattr(processor, "chat_template", template)
         editor = strong_editor(model, processor)
-        assert processor.tokenizer.decode(editor._inputs.turn_opening) == opening
+        assert processor.tokenizer.decode(editor._format.turn_opening) == opening
         editor.detach()
 
 
@@ -1050,6 +1052,7 @@ def test_what_cannot_be_trained_is_refused(base):
     refused = [
         ("two edits", states, torch.tensor([EDIT, LOCALITY, LOCALITY, LOCALITY]), owner),
         ("order of owner", states, roles, owner.flip(0)),
+        ("role may hold", states, roles + torch.tensor([0, 0, 2, 0]), owner),
         ("above=False", editor.capture([*questions(2), *questions(2)], above=False), roles, owner),
     ]
     for message, *arguments in refused:
@@ -1373,6 +1376,8 @@ def test_a_family_whose_training_would_see_another_model_is_refused(tmp_path):
     editor.edit_inputs(prepared("qwen3_vl", 2), [(picture(), "q", "a")] * 2)  # no training needed
     text = torch.randint(10, 600, (2, 8))
     editor.capture_inputs({"input_ids": text, "labels": text})  # has no images to tell it by
+    inputs = prepared("qwen3_vl", 2)
+    editor.capture_inputs(inputs | {"labels": inputs["labels"] * 0 - 100})  # has no answers
     with pytest.raises(RuntimeError, match="edit layer 0: Qwen3VL.* does more above it"):
         editor.capture_inputs(prepared("qwen3_vl", 2))
 
@@ -1606,7 +1611,13 @@ CONFIG_VALUES = {
 }
 LISTS = (([picture()], ["a", "b"]), ([], []), (picture(), ["a"]), (None, None))
 LISTS += (([picture()], ["a"], []), ([picture()], ["a"], "x"))
-LAST = ((None, "What?", "x"), (picture(), "", "x"), (picture(), "What?", " "), ("cat", "W", "x"))
+LAST = (
+    (None, "What?", "x"),
+    ("What?", "x", picture()),
+    (picture(), "", "x"),
+    (picture(), "What?", " "),
+    ("cat", "W", "x"),
+)
 CHANGED = {b'"rank": 4': b'"rank": 8', b'"gain": 8.0': b'"gain": 1.0'}
 CHANGED |= {b'"format": 4': b'"format": 1', b'"layers": 6': b'"layers": 9'}
 CHANGES = {
@@ -1614,7 +1625,7 @@ CHANGES = {
     "no labels": (lambda i: i | {"labels": None}, "labels"),
     "short labels": (lambda i: i | {"labels": i["labels"][:1]}, "labels"),
     "empty labels": (lambda i: i | {"labels": torch.full_like(i["labels"], -100)}, "labels"),
-    "one row": (lambda i: {k: v[:1] for k, v in i.items()}, "of 2 experts"),
+    "one row": (lambda i: {k: v[:1] for k, v in i.items()}, "2 edits for 1 rows"),
     "mask shape": (lambda i: i | {"attention_mask": i["attention_mask"][:, 1:]}, "attention_mask"),
     "NaN pixels": (lambda i: i | {"pixel_values": i["pixel_values"] * math.nan}, "not finite"),
 }
@@ -1796,6 +1807,9 @@ def test_published_benchmarks_are_read_as_they_are(tmp_path, name):
     assert prompts["reliability"] == "What is it?" + " The answer is:" * (name == "evqa")
     assert not any("The answer is:" in query.prompt for query in plain.queries.values())
     assert data.check_pictures([plain]) == 3
+    (left,), count = data.without_leaks([plain], [plain])
+    assert count == len(plain.queries) - len(left.queries) > 0
+    assert not set(left.queries) & set(data.LOCALITY_QUERIES)
 
 
 MALFORMED = [
@@ -1901,6 +1915,7 @@ WRONG = [
     (["--editor", "/no/such/folder"], "no saved editor"),
     (["--edits", "5000"], "lack room"),
     (["--layer", "9", *FEW], "0 to 5"),
+    (["--expert-batch-size", "129", *FEW], "more than a batch of 128"),
     (["--out", "README.md", *FEW], "README.md"),
     ([*FEW, "--learning-rate", "1e30", "--batch-size", "4", "--out"], "lower --learning-rate"),
 ]

@@ -32,7 +32,7 @@ from benchmarks.common import (
 )
 from benchmarks.updates import evaluate_updates
 from data import drawn_stream, drawn_training
-from generator import ExpertGenerator, apply_experts, standardise
+from generator import ExpertGenerator, apply_experts, fit_norm
 from liveedit import LiveEdit, States
 from router import Features, Router, Routing, text_similarity
 from run import answer, load_model, question, report_row
@@ -86,7 +86,7 @@ def untrained_generator(editor: LiveEdit) -> None:
     edits = [question(sample.edit) for sample in drawn_training(32, 0)]
     states = editor.capture(edits, above=False)
     used = states.masks.image | states.masks.prompt | states.masks.answer
-    standardise(editor.generator.norm_U, states.hidden[used].float())
+    fit_norm(editor.generator.norm_U, states.hidden[used].float())
 
 
 def optimised_experts(editor: LiveEdit, steps: int) -> None:
@@ -182,10 +182,8 @@ def main() -> None:
     for name, (changes, change) in ABLATIONS.items():
         if name in results["ablations"]:
             continue
-        editor = trained_editor(model, processor, given.editor)
+        editor = trained_editor(model, processor, given.editor, **changes)
         before = before or ask_before(editor, stream, given.eval_batch_size)
-        for setting, value in changes.items():
-            setattr(editor.router, setting, value)
         if change is not None:
             change(editor)
         results["ablations"][name] = measure(editor, stream, given, before)

@@ -23,7 +23,9 @@ def main() -> None:
         "--image", type=Path, help="a picture file; without it a text-only question"
     )
     parser.add_argument("--model", default="tiny-llava", help="the model that it was trained on")
-    parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu) or a torch device")
+    parser.add_argument(
+        "--device", default="auto", help="auto (an accelerator, else cpu) or a torch device"
+    )
     parser.add_argument("--dtype", default="auto", help="of the model")
     given = parser.parse_args()
     try:

@@ -33,10 +33,10 @@ def options_of(description: str, results: str) -> argparse.ArgumentParser:
     return parser
 
 
-def trained_editor(model, processor, folder: Path) -> LiveEdit:
+def trained_editor(model, processor, folder: Path, **changes) -> LiveEdit:
     """Load an editor without its edits; where it does not load, one sentence ends the program."""
     try:
-        editor = LiveEdit.from_pretrained(model, processor, folder)
+        editor = LiveEdit.from_pretrained(model, processor, folder, **changes)
     except (OSError, ValueError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     editor.reset()

@@ -27,7 +27,7 @@ from benchmarks.common import table, versions
 from benchmarks.store import grow, milliseconds, seconds
 from data import consistent_batches, drawn_training
 from generator import apply_experts
-from liveedit import EDIT, GENERALITY, LiveEdit, Question
+from liveedit import LOCALITY, LiveEdit, Question
 from run import ROLES, TrainingSet, keep_freed_memory, load_model, question, training_defaults
 
 TOKENS = 20
@@ -95,7 +95,7 @@ def straightforward_step(editor: LiveEdit, samples: list) -> None:
             hidden = row.hidden.float()
             edited = hidden + apply_experts(editor.norm(hidden), U, V, hidden.new_ones(1, 1))
             logits = editor.frozen.upper(edited.to(row.hidden.dtype), row)
-            if ROLES[name] in (EDIT, GENERALITY):
+            if ROLES[name] != LOCALITY:
                 loss = F.cross_entropy(logits, row.labels[row.masks.answer])
             else:
                 with torch.no_grad():

@@ -80,8 +80,8 @@ class Variant(NamedTuple):
 def leave_out(editor: LiveEdit, name: str) -> None:
     """Train without one of the losses."""
 
-    def training_losses(*batch, **size) -> dict[str, Tensor]:
-        losses = LiveEdit.training_losses(editor, *batch, **size)
+    def training_losses(*batch) -> dict[str, Tensor]:
+        losses = LiveEdit.training_losses(editor, *batch)
         losses["total"] = losses["total"] - losses[name]
         return losses
 
