@@ -251,9 +251,11 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
             next(data.consistent_batches(own, options.batch_size, random.Random(0)))
         options.expert_batch_size = min(options.expert_batch_size, options.batch_size)
     size = sum(parameter.numel() for parameter in empty.parameters()) / 1e6
-    print(f"{type(empty).__name__} {name}: {size:.1f} M parameters, edit layer {layer}")
-    sizes = f"width {config.module_dim}, rank {config.rank}, gain {config.gain:.2f}"
-    print(", ".join(f"{key} {getattr(options, key)}" for key in defaults) + f"; {sizes}")
+    print(f"{type(empty).__name__} {name}: {size:.1f} M parameters")
+    if not options.editor:
+        sizes = f"width {config.module_dim}, rank {config.rank}, gain {config.gain:.2f}"
+        print(f"a new editor at edit layer {layer}: {sizes}")
+        print(", ".join(f"{key} {getattr(options, key)}" for key in defaults))
     if options.dry_run:
         sys.exit(0)
     options.out.mkdir(parents=True, exist_ok=True)

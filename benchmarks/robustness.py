@@ -6,8 +6,8 @@
 
 The edits are made with the pictures as they are. Beside the edited answers, and those to another
 question about the same picture, stands how often the unedited model answers as it does of the
-picture as it is. Then three of the four questions
-about each picture are edited, in two orders; the fourth must stay. Writes robustness.json.
+picture as it is. Then three of the four questions about each picture are edited, in two orders; the
+fourth must stay. Writes robustness.json.
 """
 
 import io
