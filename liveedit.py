@@ -91,9 +91,8 @@ class LiveEditConfig:
         bounded = type(self.threshold) in number and -most <= self.threshold <= most
         self._demand("layer", self.layer is None or type(self.layer) is int, "an integer or None")
         self._demand("similarity", self.similarity in ("cosine", "dot"), "cosine or dot")
-        self._demand(
-            "threshold", self.threshold is None or bounded, f"None or from -{most} to {most}"
-        )
+        wanted = f"None or from -{most} to {most}"
+        self._demand("threshold", self.threshold is None or bounded, wanted)
         self._demand("gain", type(self.gain) in number and 0 < self.gain < 1e30, "positive")
         self._demand("prompt_style", self.prompt_style in ("chat", "official"), "chat or official")
 

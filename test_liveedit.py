@@ -388,6 +388,7 @@ def test_detached_and_disabled_are_bit_equal_and_foreign_hooks_survive(base):
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     model.lm_head.weight.requires_grad_(False)
     wanted = [parameter.requires_grad for parameter in model.parameters()]
+    assert any(wanted), "an earlier editor has left the model frozen"
     counts = len(model._forward_pre_hooks), len(layer._forward_hooks)
     editor = strong_editor(model, processor)
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -565,6 +566,15 @@ def test_a_second_call_never_sees_the_first_ones_route(editor):
     anew = logits_of(editor, longer, use_cache=True)
     logits_of(editor, pairs[0] | {"pixel_values": pairs[1]["pixel_values"]}, use_cache=False)
     assert_close(logits_of(editor, longer, use_cache=False), anew, 1e-4)  # another prompt
+
+
+def test_a_prompt_that_is_asked_again_is_routed_again(editor):
+    inputs = editor.encode(picture(), QUESTIONS[0])
+    original = logits_of(editor, inputs, use_cache=False)
+    more = {key: F.pad(inputs[key], (0, 1), value=1) for key in ("input_ids", "attention_mask")}
+    logits_of(editor, inputs | more, use_cache=False)  # a generation that ends here
+    editor.edit_many(questions(2))
+    assert not torch.equal(logits_of(editor, inputs, use_cache=False), original)
 
 
 @pytest.mark.parametrize("cache", [True, False])
