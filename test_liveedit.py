@@ -627,6 +627,8 @@ def test_what_cannot_be_routed_is_refused(editor):
     for message, call in refused:
         with pytest.raises((RuntimeError, ValueError), match=message):
             call()
+    with editor.disabled():  # the original refuses nothing
+        model(input_ids=token.expand(1, 3), past_key_values=cache)
     assert not model(**inputs).logits.requires_grad
 
 
@@ -2011,6 +2013,7 @@ def test_a_dry_run_says_what_it_found_and_loads_nothing(tmp_path, capsys):
 def test_settings_follow_from_the_size_of_the_model():
     assert run.training_defaults(128) == run.SMALL
     assert run.training_defaults(1024) == run.training_defaults(4096) == run.PAPER
+    assert [run.rate_factor(step, 40_000, small=False) for step in (9999, 10_000)] == [1.0, 0.1]
     real = {"expert_batch_size": 14, "train_samples": 6125}
     assert run.training_defaults(576) == run.SMALL | real
     assert run.training_defaults(1023)["expert_batch_size"] == run.PAPER["expert_batch_size"]
