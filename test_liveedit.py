@@ -606,6 +606,8 @@ def test_what_cannot_be_routed_is_refused(editor):
     model, cache = editor.model, editor.model(**inputs, use_cache=True).past_key_values
     twice = copy.deepcopy(cache)
     twice.batch_repeat_interleave(2)
+    with editor.disabled():  # the original refuses nothing
+        model(input_ids=token.expand(1, 3), past_key_values=copy.deepcopy(cache))
     guessed = editor.encode(picture(), "heart and star heart and star heart")
     with pytest.raises(Exception, match="pixel|size|shape"):  # below the edit layer
         model(**inputs | {"pixel_values": torch.zeros(1, 3, 5, 5)})
@@ -627,8 +629,6 @@ def test_what_cannot_be_routed_is_refused(editor):
     for message, call in refused:
         with pytest.raises((RuntimeError, ValueError), match=message):
             call()
-    with editor.disabled():  # the original refuses nothing
-        model(input_ids=token.expand(1, 3), past_key_values=cache)
     assert not model(**inputs).logits.requires_grad
 
 
