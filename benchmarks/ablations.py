@@ -91,7 +91,7 @@ def untrained_generator(editor: LiveEdit) -> None:
 
 def optimised_experts(editor: LiveEdit, steps: int) -> None:
     """Train each edit's own U and V on its target, from those that the generator makes."""
-    generate = editor._make_experts
+    generate = editor._experts_and_keys
 
     def make_experts(states: States) -> dict[str, Tensor]:
         experts, own = generate(states), torch.eye(len(states.hidden))
@@ -108,7 +108,7 @@ def optimised_experts(editor: LiveEdit, steps: int) -> None:
 
     # Optimising needs what the layers above are called with.
     editor.capture = partial(captured_whole, editor)
-    editor._make_experts = make_experts
+    editor._experts_and_keys = make_experts
 
 
 def captured_whole(editor: LiveEdit, questions: list, above: bool) -> States:
