@@ -1077,6 +1077,7 @@ class LiveEdit(nn.Module):
             described["embeddings"] = weight[:16, 0].float().tolist()
         return described
 
+    @torch.no_grad()  # with gradients, threads that read one weight at once may wait for ever
     def _check_weights(self) -> None:
         # At each edit: sums are several times as fast, and one look at all waits for a GPU once.
         if torch.stack([weight.sum() for weight in self.parameters()]).isfinite().all():
