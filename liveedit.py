@@ -38,19 +38,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from generator import Edit, ExpertGenerator, ExpertRepository, apply_experts, fit_norm
-from router import (
-    IGNORE,
-    Features,
-    Router,
-    Routing,
-    RowMasks,
-    Rows,
-    hard_filter_loss,
-    row_masks,
-    soft_router_losses,
-    soft_weights,
-    text_similarity,
-)
+from router import IGNORE, Router, Routing, RowMasks, Rows, row_masks, soft_weights, text_similarity
 
 EDIT, GENERALITY, LOCALITY = range(3)  # roles of the rows of a training batch
 # In float16 most gradients at the edit layer would vanish: layers above get them so much larger.
@@ -887,7 +875,7 @@ class LiveEdit(nn.Module):
         keys = [text_keys[picks], text_keys[~in_scope]]
         if text_locality is not None:
             keys.append(self.router.text_key(text_locality))
-        losses |= self._routing_losses(features, similarity, torch.cat(keys), owner, in_scope)
+        losses |= self.router.losses(features, similarity, torch.cat(keys), owner, in_scope)
         losses["total"] = sum(losses.values())  # l_edit + l_route
         self.trained_steps += torch.is_grad_enabled()  # `edit` refuses an editor without training
         return losses
@@ -934,22 +922,6 @@ class LiveEdit(nn.Module):
             # Eq. (11): KL( f_base || f_edited ), of rows with an image: no other row is edited.
             drift = F.kl_div(logits.log_softmax(-1), base, reduction="none", log_target=True)
             losses["locality"] = (drift.sum(-1) * share).sum()
-        return losses
-
-    def _routing_losses(
-        self, features: Features, similarity: Tensor, text_keys: Tensor, owner: Tensor, in_scope
-    ) -> dict[str, Tensor]:
-        """Compute Eq. (13-16) of n queries; Eq. (14) is the sum of Eq. (15) and Eq. (16).
-
-        similarity (n, B) with the visual keys; text_keys: those of the B edits come first.
-        """
-        similar = self.router.visual_logits(similarity)
-        sentinel = self.router.visual_logits(self.router.sentinel_similarity(features))
-        losses = {"filter": hard_filter_loss(similar, sentinel, owner, in_scope)}
-        scores, own = text_similarity(features.text[in_scope], text_keys), owner[in_scope]
-        batch = similarity.shape[1]
-        other = (own + torch.randint(1, batch, own.shape, device=own.device)) % batch
-        losses["sigmoid"], losses["softmax"] = soft_router_losses(scores, own, other)
         return losses
 
     def _edited_answers(self, edited: Tensor, states: States, batch: int) -> tuple[Tensor, ...]:

@@ -208,6 +208,23 @@ class Router(nn.Module):
             kept = kept & ~superseded(kept & (margin > SAME_FACT_MARGIN) & (scores > 0))
         return Routing(similarity, threshold, experts, soft_weights(scores, kept))
 
+    def losses(
+        self, features: Features, similarity: Tensor, text_keys: Tensor, owner: Tensor, in_scope
+    ) -> dict[str, Tensor]:
+        """Compute Eq. (13-16) of n queries; Eq. (14) is the sum of Eq. (15) and Eq. (16).
+
+        similarity (n, B) with the visual keys of B edits, whose text_keys come before others;
+        owner (n,) is a query's edit, in_scope (n,) whether that edit changes its answer.
+        """
+        similar = self.visual_logits(similarity)
+        sentinel = self.visual_logits(self.sentinel_similarity(features))
+        losses = {"filter": hard_filter_loss(similar, sentinel, owner, in_scope)}
+        scores, own = text_similarity(features.text[in_scope], text_keys), owner[in_scope]
+        batch = similarity.shape[1]
+        other = (own + torch.randint(1, batch, own.shape, device=own.device)) % batch
+        losses["sigmoid"], losses["softmax"] = soft_router_losses(scores, own, other)
+        return losses
+
 
 def text_similarity(text: Tensor, keys: Tensor) -> Tensor:
     """Compute s_e of Eq. (7): (B, K, M) and (N, K, M) -> (B, N).
