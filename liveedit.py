@@ -260,7 +260,7 @@ class FrozenModel:
         self.edit_layer, self.layers_above = layers[layer], layers[layer + 1 :]
 
     def record(self, inputs: dict, above: bool) -> tuple[Tensor, list[tuple]]:
-        """Stop behind the edit layer, or, with `above`, when each layer above has been called.
+        """Stop behind the edit layer, or, with `above`, when each layer above is called.
 
         Returns (the edit layer's output, [(args, kwargs) of each layer above]).
         """
@@ -324,13 +324,15 @@ class FrozenModel:
         answers = states.masks.answer[:, 1:]
         logits = self._call(inputs)[:, :-1]
         own = logits[answers.to(logits.device)].to(states.hidden.device)
-        tolerance = 1e-4 if own.dtype == torch.float32 else 3e-2
+        tolerance = 1e-4 if own.dtype == torch.float32 else 1e-2
         with plain_mode(states.hidden.device):
             apart = (self.upper(states.hidden, states) - own).norm(dim=-1)
             if not (apart <= tolerance * own.float().norm(dim=-1)).all():
                 reason = "does more above it than call layers, norm and head"
                 name = type(self.model).__name__
-                remedy = "an editor cannot be trained there, but perhaps at a higher layer"
+                remedy = (
+                    "choose a higher one; if that is refused too, no editor can be trained on it"
+                )
                 raise RuntimeError(f"edit layer {self.layer}: {name} {reason}; {remedy}")
 
 
@@ -598,7 +600,7 @@ class LiveEdit(nn.Module):
     def _follow(self, device: torch.device) -> None:
         """Move to where the model's edit layer computes: the model may have been moved."""
         if self.norm.weight.device != device:
-            with self._lock:
+            with self._lock, plain_mode(device):
                 self.to(device)
 
     def _route_of_cache(self, cache, call: dict | None, hidden: Tensor) -> Route | None:

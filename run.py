@@ -190,8 +190,9 @@ def load_samples(options: argparse.Namespace) -> tuple[list[EditSample], list[Ed
 def load_model(name: str, device: str, dtype: str):
     """Load model and processor by the plain Hugging Face way."""
     name = SHORT_NAMES.get(name, name)
-    if device == "auto":
-        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    if device == "auto" and (PROCESSES == 1 or on_gpu(device)):
+        device = torch.accelerator.current_accelerator(check_available=True)
+    device = "cpu" if device in ("auto", None) else device
     try:
         processor = AutoProcessor.from_pretrained(name)
     except (ImportError, AttributeError) as error:  # from deep inside, where a package is missing

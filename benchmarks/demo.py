@@ -78,7 +78,7 @@ def main() -> None:
     draw_edits(samples, results, given.out, shown=len(samples))
     print(f"\n{len(editor.experts)} edits in force; pictures and answers are in {given.out}")
     held = [r["free_running"] for r in results if r["query"] == "reliability"]
-    if sum(held) < 0.8 * len(held):
+    if given.words == WORDS and sum(held) < 0.8 * len(held):
         sys.exit(f"demo.py: of {len(held)} edits only {sum(held):.0f} hold")
 
 
