@@ -211,7 +211,7 @@ class Router(nn.Module):
     def losses(
         self, features: Features, similarity: Tensor, text_keys: Tensor, owner: Tensor, in_scope
     ) -> dict[str, Tensor]:
-        """Compute Eq. (13-16) of n queries; Eq. (14) is the sum of Eq. (15) and Eq. (16).
+        """Compute the routing losses of n queries: Eq. (13), Eq. (15) and Eq. (16).
 
         similarity (n, B) with the visual keys of B edits, whose text_keys come before others;
         owner (n,) is a query's edit, in_scope (n,) whether that edit changes its answer.

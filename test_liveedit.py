@@ -345,6 +345,8 @@ def test_the_repository_is_a_list_of_experts_under_random_use(seed):
                 assert_same(row, expected[name])
     with pytest.raises(ValueError, match="must be"):
         repository.add({name: tensor[:0] for name, tensor in rows.items()}, edits)
+    with pytest.raises(ValueError, match="no record of an edit"):
+        Edit(1.5, "p", "t", 0.0)
     with pytest.raises(ValueError, match="not finite"):
         repository.add({name: tensor * math.nan for name, tensor in rows.items()}, edits)
     repository.clear()
