@@ -1,4 +1,4 @@
-"""What an edit sample is, and where samples come from: a drawn world, or benchmark files.
+"""What an edit sample is, and the readers of benchmark files; drawn.py draws samples.
 
 One edit sample of the drawn world, shortened:
 
@@ -17,20 +17,16 @@ and "open" (English words, names, numbers, phrases). This module knows neither e
 """
 
 import json
-import math
-import random
-import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 MAIN_QUERIES = "reliability text_generality modal_generality text_locality modal_locality".split()
 QUERY_NAMES = (*MAIN_QUERIES, "same_image", "similar_image", "no_image")
 LOCALITY_QUERIES = QUERY_NAMES[3:]
-PICTURED_LOCALITY_QUERIES = ("modal_locality", "same_image", "similar_image")
 PORTABILITY = "portability"  # VLKEB's one-hop file: a question that follows from the new fact
 
 
@@ -41,9 +37,9 @@ class ImageFile:
     path: Path
 
     def open(self) -> Image.Image:
-        """Read the picture."""
+        """Read the picture as it is: what is transparent or gray is the processor's matter."""
         with Image.open(self.path) as image:
-            return image.convert("RGB")
+            return image.copy()
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class Query:
     that fact and of no other.
     """
 
-    image: "Drawing | ImageFile | None"
+    image: "ImageFile | None"  # or whatever else opens as a picture, as drawn.Drawing does
     prompt: str
     target: str
     fact: tuple
@@ -66,6 +62,7 @@ class EditSample:
 
     kind: str
     queries: dict[str, Query] = field(hash=False)  # hard locality may be missing
+    source: str = ""  # file and record, to name what is wrong with it
 
     @property
     def edit(self) -> Query:
@@ -75,413 +72,6 @@ class EditSample:
     def untouched_facts(self) -> set[tuple]:
         """The facts that no edit of the same stream or batch may change."""
         return {self.queries[name].fact for name in LOCALITY_QUERIES if name in self.queries}
-
-
-# ------------------------------------------------------------------------------- the drawn world
-
-COLORS = {
-    "red": (220, 30, 35), "orange": (250, 140, 20), "yellow": (245, 225, 50),
-    "green": (30, 150, 60), "blue": (35, 70, 210), "purple": (125, 40, 150),
-    "pink": (250, 165, 195), "brown": (115, 70, 35), "black": (15, 15, 15),
-    "white": (245, 245, 245), "gray": (135, 135, 135), "cyan": (60, 205, 225),
-}  # fmt: skip
-CANVAS = 96  # pixels; pictures are drawn at twice this size and averaged, for smooth edges
-
-
-def _regular(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
-    """A regular polygon, or a star where every second corner lies at radius `inner`."""
-    count = corners if inner == 1.0 else 2 * corners
-    points = []
-    for i in range(count):
-        radius, angle = (1.0, inner)[i % 2], 2 * math.pi * i / count
-        points.append((radius * math.sin(angle), -radius * math.cos(angle)))
-    return points
-
-
-def _arc(radius: float, start: float, end: float, x: float = 0.0) -> list[tuple[float, float]]:
-    """Points on a circle around (x, 0), from angle `start` to `end` in degrees."""
-    steps = [math.radians(start + (end - start) * i / 40) for i in range(41)]
-    return [(x + radius * math.cos(a), radius * math.sin(a)) for a in steps]
-
-
-def _heart() -> list[tuple[float, float]]:
-    points = []
-    for t in (2 * math.pi * i / 60 for i in range(60)):
-        y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
-        points.append((math.sin(t) ** 3, -y / 16))
-    return points
-
-
-def _fit(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Scale an outline into the unit circle: then no turn can move it out of the canvas."""
-    reach = max(math.hypot(x, y) for x, y in points)
-    return [(x / reach, y / reach) for x, y in points]
-
-
-# Outlines before turning and scaling.
-SHAPES = {
-    "circle": _fit(_arc(0.9, 0, 360)),
-    "square": _fit([(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)]),
-    "triangle": _fit(_regular(3)),
-    "star": _fit(_regular(5, 0.42)),
-    "heart": _fit(_heart()),
-    "cross": _fit([(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
-                   (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)]),
-    "crescent": _fit(_arc(1.0, 50, 310) + _arc(0.78, 282, 78, 0.45)),
-    "ring": _fit(_arc(0.95, 0, 360) + _arc(0.5, 360, 0)),
-    "arrow": _fit([(0, -1), (0.8, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1),
-                   (-0.8, -0.1)]),
-    "hourglass": _fit([(-0.8, -1), (0.8, -1), (0.12, 0), (0.8, 1), (-0.8, 1), (-0.12, 0)]),
-    "bar": _fit([(-0.3, -1), (0.3, -1), (0.3, 1), (-0.3, 1)]),
-    "stairs": _fit([(-0.9, -0.9), (-0.3, -0.9), (-0.3, -0.3), (0.3, -0.3), (0.3, 0.3),
-                    (0.9, 0.3), (0.9, 0.9), (-0.9, 0.9)]),
-}  # fmt: skip
-
-
-@dataclass(frozen=True, order=True)
-class Scene:
-    """What a picture shows; size, place and angle are no part of it."""
-
-    shape: str
-    color: str
-    background: str
-
-    def answer(self, family: str) -> str:
-        """The true answer to a question of one family."""
-        if family == "caption":
-            return f"a {self.color} {self.shape} on a {self.background} background"
-        return getattr(self, family)
-
-    def differences(self, other: "Scene") -> int:
-        """Count the attributes in which two scenes differ."""
-        attributes = ("shape", "color", "background")
-        return sum(getattr(self, name) != getattr(other, name) for name in attributes)
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """One picture of a scene: `seed` decides size, place, angle and shade."""
-
-    scene: Scene
-    seed: int
-
-    def open(self) -> Image.Image:
-        """Draw the picture."""
-        scene, side = self.scene, 2 * CANVAS
-        rng = random.Random(f"{scene.shape} {scene.color} {scene.background} {self.seed}")
-        image = Image.new("RGB", (side, side), _shade(scene.background, rng))
-        radius = side * rng.uniform(0.28, 0.45)
-        x, y = (rng.uniform(radius, side - radius) for _ in range(2))
-        turn = rng.uniform(0, 2 * math.pi)
-        cos, sin = radius * math.cos(turn), radius * math.sin(turn)
-        points = [(x + cos * a - sin * b, y + sin * a + cos * b) for a, b in SHAPES[scene.shape]]
-        ImageDraw.Draw(image).polygon(points, fill=_shade(scene.color, rng))
-        return image.reduce(2)
-
-
-def _shade(color: str, rng: random.Random) -> tuple[int, ...]:
-    return tuple(min(255, max(0, part + rng.randint(-10, 10))) for part in COLORS[color])
-
-
-SCENES = [Scene(s, c, b) for s in SHAPES for c in COLORS for b in COLORS if c != b]
-FAMILIES = ("shape", "color", "background", "caption")
-# The last HELD_OUT phrasings of each family never occur in the editor's training: text generality
-# is measured on them.
-HELD_OUT = 4
-
-
-def read_lines(name: str) -> list[str]:
-    """The lines of a text file beside the tiny LLaVA, without comments."""
-    file = Path(__file__).resolve().parent / "tiny-llava" / name
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def read_phrasings() -> dict[str, tuple[str, ...]]:
-    """The ways to ask a question of each family."""
-    phrasings: dict[str, tuple[str, ...]] = {}
-    for line in read_lines("phrasings.txt"):
-        if line.startswith("["):
-            family = line.strip("[]")
-            phrasings[family] = ()
-        else:
-            phrasings[family] += (line,)
-    return phrasings
-
-
-PHRASINGS = read_phrasings()
-OTHER_QUESTIONS = read_lines("other_questions.txt")
-OPPOSITES = """hot cold, big small, old young, fast slow, up down, left right, open closed,
-    day night, happy sad, light dark, early late, full empty"""
-OPPOSITES = tuple(tuple(pair.split()) for pair in OPPOSITES.split(","))
-
-
-def text_questions() -> list[tuple[str, str, str]]:
-    """All text-only questions of the world as (family, question, answer)."""
-    questions = []
-    for a in range(13):
-        for b in range(13):
-            for form in ("What is {} plus {}?", "How much is {} plus {}?", "Add {} and {}."):
-                questions.append(("arithmetic", form.format(a, b), str(a + b)))
-            if a >= b:
-                for form in (
-                    "What is {} minus {}?",
-                    "How much is {} minus {}?",
-                    "Take {1} from {0}.",
-                ):
-                    questions.append(("arithmetic", form.format(a, b), str(a - b)))
-    for one, other in OPPOSITES:
-        for word, answer in ((one, other), (other, one)):
-            for form in ("What is the opposite of {}?", "Name the opposite of {}."):
-                questions.append(("opposites", form.format(word), answer))
-    return questions
-
-
-ONSETS = "b bl d dr f fl g gr j k kl l m n p pr r s sk t tr v w z".split()
-ENDINGS = ("", "b", "k", "l", "m", "n", "p", "r", "s", "t", "x")
-
-
-def novel_word(rng: random.Random) -> str:
-    """A made-up word of two or three syllables: several tokens for any tokenizer."""
-    syllables = [rng.choice(ONSETS) + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3)))]
-    return "".join(syllables) + rng.choice(ENDINGS)
-
-
-# ------------------------------------------------------------------------------ words from outside
-
-
-_NO_PUNCTUATION = str.maketrans(string.punctuation, " " * len(string.punctuation))
-
-
-def read_words() -> tuple[list[str], list[str]]:
-    """English words and names, most frequent first: (for training, held out).
-
-    One in ten is kept from every training of a tokenizer, model or editor. Of these, words of the
-    drawn world's questions and answers, and words so short that a random string may be one, are in
-    neither list.
-    """
-    words = read_lines("words.txt")
-    held_out = words[9::10]
-    del words[9::10]
-    texts = [text for question in text_questions() for text in question]
-    texts += [phrase for phrases in PHRASINGS.values() for phrase in phrases]
-    known = set(" ".join(texts).lower().translate(_NO_PUNCTUATION).split())
-    return words, [word for word in held_out if len(word) > 3 and word.lower() not in known]
-
-
-TRAINING_WORDS, HELD_OUT_WORDS = read_words()
-OPEN_LENGTH = 24  # characters of a held-out open target at most
-TRAINED_LENGTH = 32  # of others: words that training has seen have fewer tokens, so longer phrases
-DOUBLED_LENGTH = 40  # of two in one
-PHRASES = (
-    "{} {}", "{} {}", "{} {} {}", "{} {} {}", "{} {} {} {}", "the {}", "a {}", "the {} of {}",
-    "a {} {}", "{} and {}", "{} of the {}", "{} in a {}", "{} with the {} {}", "my {} {}",
-)  # fmt: skip
-NUMBERS = ("{n}", "{year}", "{year}", "{small}", "{small} {word}", "{small}.{small}", "{small}%")
-ACCENTS = str.maketrans("aeioucn", "áéíöüçñ")
-
-
-def open_target(rng: random.Random, held_out: bool) -> str:
-    """A word, name, number or phrase, as people type them.
-
-    held_out: its words are held out, and its numbers have three digits or more whose sum ends in
-    7; those for training never have such a sum.
-    """
-    kind = rng.choices(("word", "name", "number", "phrase"), (40, 10, 15, 35))[0]
-    while True:
-        if kind == "word":
-            text = _word(rng, held_out)
-        elif kind == "name":
-            text = " ".join(_word(rng, held_out).capitalize() for _ in range(rng.choice((2, 2, 3))))
-        elif kind == "number":
-            text = rng.choice(NUMBERS).format(
-                n=rng.randrange(10 ** rng.randint(2, 5)),
-                year=rng.randint(1000, 2100),
-                small=rng.randrange(100),
-                word=_word(rng, held_out),
-            )
-        else:
-            text = rng.choice(PHRASES)
-            while "{}" in text:
-                text = text.replace("{}", _word(rng, held_out), 1)
-            text = rng.choice((text, text, text, text[0].upper() + text[1:], text.title()))
-        digits = [int(c) for c in text if c.isdigit()]
-        ends_in_7 = sum(digits) % 10 == 7
-        if held_out:
-            fits = len(text) <= OPEN_LENGTH and (not digits or len(digits) > 2 and ends_in_7)
-        else:
-            fits = len(text) <= TRAINED_LENGTH and not ends_in_7
-        if fits:
-            return text
-
-
-def _word(rng: random.Random, held_out: bool) -> str:
-    """One word, the frequent more often; some with a capital, in capitals or with an accent."""
-    words = HELD_OUT_WORDS if held_out else TRAINING_WORDS
-    word = words[int(len(words) * rng.random() ** 1.5)]
-    style = rng.random()
-    if style < 0.1:
-        return word.capitalize()
-    if style < 0.13:
-        return word.upper()
-    if style < 0.16:
-        letter = rng.choice(word)
-        return word.replace(letter, letter.translate(ACCENTS), 1)
-    return word
-
-
-# --------------------------------------------------------------------------- the drawn benchmark
-
-EVAL_SHARE = 0.4  # of the scenes; the rest is for the editor's training
-
-
-def _neighbors(scene: Scene) -> list[Scene]:
-    """All scenes that differ in one attribute."""
-    colors = [c for c in COLORS if c not in (scene.color, scene.background)]
-    shapes = [replace(scene, shape=s) for s in SHAPES if s != scene.shape]
-    backgrounds = [replace(scene, background=c) for c in colors]
-    return shapes + [replace(scene, color=c) for c in colors] + backgrounds
-
-
-def split_scenes() -> tuple[list[Scene], list[Scene]]:
-    """(training scenes, evaluation scenes), disjoint, the same for every seed."""
-    scenes = random.Random("split").sample(SCENES, len(SCENES))
-    cut = round(EVAL_SHARE * len(scenes))
-    return scenes[cut:], scenes[:cut]
-
-
-def _pick(scenes: list[Scene], rng: random.Random, origin: Scene, least: int) -> Scene:
-    """A random scene that differs from another in `least` attributes or more; most do."""
-    while True:
-        scene = rng.choice(scenes)
-        if scene.differences(origin) >= least:
-            return scene
-
-
-class Shares(NamedTuple):
-    """Shares of the kinds of targets; what is neither open nor made up is of the drawn world."""
-
-    open: float  # of all edits
-    novel_names: float  # of those that are neither open nor about captions
-    doubled: float = 0.0  # of the open ones, two in one: long answers
-
-
-EVAL_SHARES = Shares(open=0.4, novel_names=0.5)
-TRAINING_SHARES = Shares(open=0.6, novel_names=0.65, doubled=0.3)
-
-
-def edit_target(
-    scene: Scene, family: str, scenes: list[Scene], rng, shares: Shares, held_out: bool
-) -> tuple[str, str]:
-    """(kind, target) of an edit that is not true of the scene."""
-    if rng.random() < shares.open:
-        target = open_target(rng, held_out)
-        if rng.random() < shares.doubled:
-            longer = f"{target} {open_target(rng, held_out)}"
-            target = longer if len(longer) <= DOUBLED_LENGTH else target
-        return "open", target
-    if family == "caption":
-        return "captions", _pick(scenes, rng, scene, 2).answer("caption")
-    if rng.random() < shares.novel_names:
-        return "novel_names", novel_word(rng)
-    values = SHAPES if family == "shape" else COLORS
-    return "corrections", rng.choice([v for v in values if v != scene.answer(family)])
-
-
-def drawn_samples(
-    count: int, scenes: list[Scene], seed: str, held_out: bool, shares: Shares = EVAL_SHARES
-) -> list[EditSample]:
-    """Edit samples about different facts of the scenes.
-
-    No locality query asks for a fact that any of the samples edits. held_out: text generality on
-    the phrasings that training never uses, locality on all, open targets of held-out words; else
-    training phrasings and words only.
-    Raises ValueError if the scenes have no room for so many edits.
-    """
-    rng = random.Random(seed)
-    facts = [(scene, family) for scene in scenes for family in FAMILIES]
-    rng.shuffle(facts)
-    free = {scene: list(FAMILIES) for scene in scenes}  # the questions that are not edited
-    edits = []
-    for scene, family in facts:
-        if len(edits) < count and len(free[scene]) > 1:  # one of each scene stays for locality
-            free[scene].remove(family)
-            edits.append((scene, family))
-    similar = [
-        [other for other in _neighbors(scene) if family in free.get(other, ())]
-        for scene, family in edits
-    ]
-    if len(edits) < count or not all(similar):
-        scarce = f"{len(scenes)} scenes lack room for {count} edits; about {len(facts) // 2} fit"
-        raise ValueError(f"the drawn world's {scarce}")
-    texts, samples = text_questions(), []
-    for (scene, family), neighbors in zip(edits, similar, strict=True):
-        trained = PHRASINGS[family][:-HELD_OUT]
-        kind, target = edit_target(scene, family, scenes, rng, shares, held_out)
-        prompt, fact, drawing = rng.choice(trained), (scene, family), _draw(scene, rng)
-        rephrasings = PHRASINGS[family][-HELD_OUT:] if held_out else trained
-        rephrased = rng.choice([phrase for phrase in rephrasings if phrase != prompt])
-        _, question, answer = rng.choice(texts)
-        far = _pick(scenes, rng, scene, 3)
-        far_family, other_family = rng.choice(free[far]), rng.choice(free[scene])
-        queries = {
-            "reliability": Query(drawing, prompt, target, fact),
-            "text_generality": Query(drawing, rephrased, target, fact),
-            "modal_generality": Query(_draw(scene, rng), prompt, target, fact),
-            "text_locality": Query(None, question, answer, ("text", question)),
-            "modal_locality": _ask(_draw(far, rng), far_family, rng, held_out),
-            "same_image": _ask(drawing, other_family, rng, held_out),
-        }
-        picture = _draw(rng.choice(neighbors), rng)
-        near = Query(picture, prompt, picture.scene.answer(family), (picture.scene, family))
-        queries["similar_image"] = near
-        queries["no_image"] = Query(None, prompt, "no image", ("text", prompt))
-        samples.append(EditSample(kind, queries))
-    return samples
-
-
-def _draw(scene: Scene, rng: random.Random) -> Drawing:
-    return Drawing(scene, rng.randrange(2_000_000, 2**31))
-
-
-def _ask(drawing: Drawing, family: str, rng: random.Random, held_out: bool) -> Query:
-    """A question that is not edited, in any phrasing or one of the training's."""
-    phrasings = PHRASINGS[family] if held_out else PHRASINGS[family][:-HELD_OUT]
-    scene = drawing.scene
-    return Query(drawing, rng.choice(phrasings), scene.answer(family), (scene, family))
-
-
-def drawn_stream(edits: int, seed: int) -> list[EditSample]:
-    """The evaluation stream: held-out scenes, text generality on held-out phrasings."""
-    return drawn_samples(edits, split_scenes()[1], f"stream {seed}", held_out=True)
-
-
-def drawn_training(count: int, seed: int) -> list[EditSample]:
-    """Samples for training an editor, as several streams over the training scenes.
-
-    Each keeps the edit, one generality query (another picture, in other words: both at once), one
-    locality query with an image and one without: for the same work, more different samples teach
-    more than more queries about each. Half of the questions about the edited picture itself are
-    OTHER_QUESTIONS, of no family. Open targets and made-up names, which are learned last, come more
-    often than in the evaluation.
-    """
-    scenes, drawn = split_scenes()[0], []
-    for start in range(0, count, len(scenes)):
-        size, name = min(len(scenes), count - start), f"training {seed} {start}"
-        drawn += drawn_samples(size, scenes, name, False, TRAINING_SHARES)
-    rng, samples = random.Random(f"queries {seed}"), []
-    for sample in drawn:
-        untouched = rng.choice(PICTURED_LOCALITY_QUERIES)
-        names = ("reliability", "modal_generality", untouched, "text_locality")
-        queries = {name: sample.queries[name] for name in names}
-        if untouched == "same_image" and rng.random() < 0.5:
-            asked, scene = rng.choice(OTHER_QUESTIONS), sample.edit.image.scene
-            # Locality compares with the model itself, whose first token needs no target.
-            queries[untouched] = Query(sample.edit.image, asked, "yes", (scene, asked))
-        rephrased = sample.queries["text_generality"].prompt
-        queries["modal_generality"] = replace(queries["modal_generality"], prompt=rephrased)
-        samples.append(EditSample(sample.kind, queries))
-    return samples
 
 
 def consistent_batches(samples: list[EditSample], size: int, rng) -> Iterator[list[int]]:
@@ -523,6 +113,7 @@ FIELDS = "src pred alt rephrase image image_rephrase loc loc_ans m_loc m_loc_q m
 IMAGE_FIELDS = ("image", "image_rephrase", "m_loc")
 THE_ANSWER_IS = " The answer is:"
 NQ_PREFIX = "nq question: "
+IMAGE_MARK = "<image>"
 
 
 class Benchmark(NamedTuple):
@@ -545,9 +136,7 @@ BENCHMARKS = {
 }
 
 
-def benchmark_files(
-    data: str, root: Path | None = None, image_root: Path | None = None
-) -> tuple[Path, Path, Path]:
+def benchmark_files(data: str, root: Path | None = None) -> tuple[Path, Path, Path]:
     """Find (training file, evaluation file, image folder).
 
     data: a benchmark's name, with its root; a folder of train.json, eval.json and images/; or one
@@ -567,12 +156,11 @@ def benchmark_files(
         images = (root or path.parent) / "images"
     else:
         train_file, eval_file, images = path / "train.json", path / "eval.json", path / "images"
-    images = image_root or images
     if not eval_file.is_file():
         remedy = f"--data takes {', '.join(BENCHMARKS)}, a folder or a .json file"
         raise FileNotFoundError(f"there is no annotation file {eval_file}; {remedy}")
     if not images.is_dir():
-        raise FileNotFoundError(f"there is no image folder {images}; --image-root names it")
+        raise FileNotFoundError(f"there is no image folder {images}; a link will do")
     return train_file, eval_file, images
 
 
@@ -591,14 +179,19 @@ def read_records(file: Path, image_root: Path, official: str | None = None) -> l
     if not isinstance(records, list) or not records:
         raise ValueError(f"{file} must hold a list of records")
     lacking = [f"record {i} lacks {name}" for i, r in enumerate(records) for name in _lacking(r)]
-    _complain(f"malformed records in {file}", lacking)
+    complain(f"malformed records in {file}", lacking)
     paths = sorted({image_root / record[name] for record in records for name in IMAGE_FIELDS})
-    _complain(f"missing pictures of {file}", [str(path) for path in paths if not path.is_file()])
+    complain(f"missing pictures of {file}", [str(path) for path in paths if not path.is_file()])
     edited = {record[name] for record in records for name in ("image", "image_rephrase")}
-    return [_sample(record, image_root, edited, official) for record in records]
+    samples = []
+    for i, record in enumerate(records):
+        queries = _queries(record, image_root, edited, official)
+        samples.append(EditSample("benchmark", queries, f"{file}, record {i}"))
+    return samples
 
 
-def _complain(title: str, problems: list[str]) -> None:
+def complain(title: str, problems: list[str]) -> None:
+    """Raise ValueError that counts the problems, if there are any, and names the first."""
     if problems:
         more = " ..." if len(problems) > 5 else ""
         raise ValueError(f"{title} ({len(problems)}): {'; '.join(problems[:5])}{more}")
@@ -611,7 +204,12 @@ def _lacking(record) -> list[str]:
     found = record | _portability(record)
     wanted = [*FIELDS, *(("port_q", "port_a") if record.get("port_new") else ())]
     texts = {name: value for name, value in found.items() if isinstance(value, str)}
-    return [name for name in wanted if not texts.get(name, "").strip()]
+    return [name for name in wanted if not without_picture(texts.get(name, ""))]
+
+
+def without_picture(prompt: str) -> str:
+    """Take out LLaVA's mark of the place of the picture, before or behind a prompt."""
+    return prompt.strip().removeprefix(IMAGE_MARK).removesuffix(IMAGE_MARK).strip()
 
 
 def _portability(record: dict) -> dict:
@@ -631,13 +229,15 @@ def check_pictures(samples: list[EditSample]) -> int:
             ImageFile(path).open()
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             broken.append(str(path))
-    _complain("pictures that cannot be decoded", broken)
+    complain("pictures that cannot be decoded", broken)
     return len(paths)
 
 
-def _sample(record: dict, root: Path, edited: set[str], official: str | None) -> EditSample:
+def _queries(record: dict, root: Path, edited: set[str], official: str | None) -> dict[str, Query]:
+    """The queries of a record; edited: the pictures that some record edits."""
     suffixed = BENCHMARKS[official].suffixed if official else ()
-    text = {name: record[name] + THE_ANSWER_IS * (name in suffixed) for name in _EVQA_SUFFIXED}
+    text = {name: without_picture(record[name]) for name in _EVQA_SUFFIXED}
+    text |= {name: text[name] + THE_ANSWER_IS for name in suffixed}
     loc = record["loc"] + "?"
     if not official:  # the official evaluation leaves MMEdit's prefix in
         loc = record["loc"].removeprefix(NQ_PREFIX).strip().rstrip("?") + "?"
@@ -659,19 +259,6 @@ def _sample(record: dict, root: Path, edited: set[str], official: str | None) ->
     if record["m_loc"] not in edited:  # else the same question may ask for an edited fact
         queries["similar_image"] = ask("m_loc", text["src"], record["pred"])
     if port := _portability(record):
-        queries[PORTABILITY] = replace(edit, prompt=port["port_q"], target=port["port_a"])
-    return EditSample("benchmark", queries)
-
-
-def without_leaks(training: list[EditSample], stream: list[EditSample]):
-    """(training samples without the evaluation's locality questions, how many were left out)."""
-    asked = {fact for sample in stream for fact in sample.untouched_facts()}
-    kept, left_out = [], 0
-    for sample in training:
-        queries = dict(sample.queries)
-        for name, query in sample.queries.items():
-            if name in LOCALITY_QUERIES and query.fact in asked:
-                del queries[name]
-                left_out += 1
-        kept.append(EditSample(sample.kind, queries))
-    return kept, left_out
+        asked = without_picture(port["port_q"])
+        queries[PORTABILITY] = replace(edit, prompt=asked, target=port["port_a"])
+    return queries

@@ -20,42 +20,9 @@ from torch import Tensor, nn
 from generator import CrossAttention
 
 nce = F.cross_entropy  # Eq. (12): nce(a, b+, {b_j}) = -log( exp(a.b+) / sum_j exp(a.b_j) )
-IGNORE = -100  # the label of tokens that are no answer, by Hugging Face's convention
 # By how much, in logits of the routing losses, the filter must keep experts that count as edits of
 # one fact. Chosen on scenes of the editor's training.
 SAME_FACT_MARGIN = 1.0
-
-
-class RowMasks(NamedTuple):
-    """Which rows of the hidden states are what, each (B, T) bool."""
-
-    image: Tensor
-    prompt: Tensor
-    answer: Tensor
-
-
-def row_masks(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    image_token_id: int,
-    special_ids: Tensor,
-) -> RowMasks:
-    """Find the image, prompt and answer rows of input_ids (B, T).
-
-    Answer rows are those whose label is not -100. Prompt rows are the other tokens behind the first
-    image, or, where none follow, all text tokens but the leading special ones.
-    """
-    attended = torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask is not None:
-        attended = attention_mask.bool()
-    image = (input_ids == image_token_id) & attended
-    answer = torch.zeros_like(image) if labels is None else labels != IGNORE
-    text = attended & ~image & ~answer
-    behind = text & (image.cumsum(1) > 0)
-    leading = (torch.isin(input_ids, special_ids) | ~attended).cumprod(1).bool()
-    prompt = torch.where(behind.any(1, keepdim=True), behind, text & ~leading)
-    return RowMasks(image, prompt, answer)
 
 
 class Rows(NamedTuple):
@@ -67,6 +34,17 @@ class Rows(NamedTuple):
     def select(self, rows: Tensor) -> "Rows":
         """Take the given queries."""
         return Rows(self.states[rows], self.mask[rows])
+
+    @classmethod
+    def cat(cls, parts: list["Rows"]) -> "Rows":
+        """Put queries below one another."""
+        length = max(part.states.shape[1] for part in parts)
+        states, masks = [], []
+        for part in parts:
+            missing = length - part.states.shape[1]
+            states.append(F.pad(part.states, (0, 0, 0, missing)))
+            masks.append(F.pad(part.mask, (0, missing)))
+        return cls(torch.cat(states), torch.cat(masks))
 
     @classmethod
     def gather(cls, hidden: Tensor, mask: Tensor) -> "Rows":
@@ -193,13 +171,22 @@ class Router(nn.Module):
         # Eq. (5): keep expert e iff sim(phi_bar, phi_hat_e) > sim(phi_bar, phi_bar_Theta)
         return threshold, similarity > threshold[:, None]
 
-    def route(self, features: Features, visual_keys: Tensor, text_keys: Tensor) -> Routing:
+    def route(
+        self,
+        features: Features,
+        visual_keys: Tensor,
+        text_keys: Tensor,
+        has_image: Tensor | None = None,
+    ) -> Routing:
         """Decide for B queries and N experts, keys (N, K, M) in the order of editing.
 
+        has_image (B,): a query without an image keeps nothing; None: all have one.
         Beyond one product with all visual keys, the work depends on the kept experts only.
         """
         similarity = self.visual_similarity(features.visual, visual_keys)
         threshold, kept = self.hard_filter(similarity, features)
+        if has_image is not None:
+            kept = kept & has_image[:, None]
         experts = kept.any(0).nonzero().flatten()
         kept = kept[:, experts]
         scores = text_similarity(features.text, text_keys[experts])

@@ -16,9 +16,8 @@ import json
 import math
 import os
 import random
-import shutil
+import re
 import signal
-import string
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -28,30 +27,26 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import data
-from benchmarks.figure import draw_edits
-from benchmarks.updates import evaluate_updates, updates_table
-from data import LOCALITY_QUERIES, PORTABILITY, QUERY_NAMES, EditSample, Query
-from liveedit import EDIT, GENERALITY, LOCALITY, LiveEdit, LiveEditConfig, Question, States
-from router import IGNORE, Rows
+import drawn
+from backbone import IGNORE, InputFormat, States, fingerprint, same_model
+from data import LOCALITY_QUERIES, MAIN_QUERIES, PORTABILITY, QUERY_NAMES, EditSample, Query
+from liveedit import LiveEdit, LiveEditConfig, Question, write_whole
+from router import Rows
 
 SHORT_NAMES = {
     "tiny-llava": str(Path(__file__).resolve().parent / "tiny-llava"),
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
 }
-ROLES = {
-    "reliability": EDIT,
-    "text_generality": GENERALITY,
-    "modal_generality": GENERALITY,
-    "modal_locality": LOCALITY,
-    "same_image": LOCALITY,
-    "similar_image": LOCALITY,
-}
+# Queries with a picture; a training batch has one of each line for each edit.
+ROLES = (
+    ("reliability",),
+    ("text_generality", "modal_generality"),
+    ("modal_locality", "same_image", "similar_image"),
+)
 # How an editor is trained where the command line does not say otherwise: models of 7B as in the
 # paper, with Adam; small ones (hidden size below SMALL_WIDTH) with Muon, on many edits a step.
 PAPER = {
@@ -73,15 +68,12 @@ STEP_WIDTH = 2**13
 SMALL_EDITOR = {"rank": 12, "heads": 4, "gain": 3.0}
 FEW_LAYERS = 12
 CACHE_BYTES = 4 * 2**30  # of training states kept in memory; more are computed at every step
-CHECKPOINT = "training.pt"
-CHECKPOINT_SECONDS = 600
-# This process and how many there are, under torchrun; the first alone shows progress.
-RANK, PROCESSES = 0, 1
-if dist.is_torchelastic_launched():
-    RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+CHECKPOINT, CHECKPOINT_SECONDS = "training.pt", 600
+# What a training depends on beside model and config: a checkpoint is of the same.
+TRAINING_OPTIONS = ("data", "prompt_style", "seed", *PAPER)
+# This process and how many there are, under torchrun; only the first reports.
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 bar_of = partial(tqdm, disable=RANK > 0)
-# What a training depends on beside the editor's config: a checkpoint is of the same.
-TRAINING_OPTIONS = ("data", "prompt_style", "exclude_leaks", "seed", *PAPER)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -92,9 +84,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     what("--model", default="tiny-llava", help="tiny-llava, llava-1.5-7b, a hub id or a folder")
     what("--data", help="evqa, eic, vlkeb, vlkeb-onehop, a folder or .json; else the drawn world")
     what("--data-root", type=Path, help="folder of a benchmark as published (easy-edit-mm, VLKEB)")
-    what("--image-root", type=Path, help="its image folder, where it is not the published one")
     what("--prompt-style", default="chat", choices=("chat", "official"), help="of all prompts")
-    what("--exclude-leaks", action="store_true", help="train without the evaluation's questions")
     what("--edits", type=int, default=500, help="edits of the stream (default 500)")
     what("--out", type=Path, default=Path("output"), help="output folder (default output)")
     what("--dry-run", action="store_true", help="check data and model configuration only")
@@ -126,7 +116,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def wrong_options(options: argparse.Namespace) -> str | None:
     """Say what is wrong with the options, if anything."""
     least = {"edits": 1, "rank": 1, "train_steps": 1, "train_samples": 2, "batch_size": 2}
-    least |= {"expert_batch_size": 1, "eval_batch_size": 1, "learning_rate": 1e-12}
+    least |= {"expert_batch_size": 2, "eval_batch_size": 1, "learning_rate": 1e-12}
     for name, smallest in least.items():
         value = getattr(options, name)
         if value is not None and not value >= smallest:
@@ -138,8 +128,6 @@ def wrong_options(options: argparse.Namespace) -> str | None:
         return "--resume continues a training, --editor loads a trained editor: choose one"
     if options.editor and options.editor.resolve() == (options.out / "editor").resolve():
         return f"--out {options.out} would overwrite the edits in --editor; choose another --out"
-    if not options.data and (options.data_root or options.image_root or options.exclude_leaks):
-        return "--data-root, --image-root and --exclude-leaks need --data"
     if options.prompt_style == "official" and options.data not in data.BENCHMARKS:
         return f"--prompt-style official needs --data, one of {', '.join(data.BENCHMARKS)}"
     checkpoint = options.out / CHECKPOINT
@@ -151,15 +139,9 @@ def wrong_options(options: argparse.Namespace) -> str | None:
         torch.empty(0, device="cpu" if options.device == "auto" else options.device)
     except (RuntimeError, AssertionError) as error:
         return f"--device {options.device} cannot be used here: {str(error).splitlines()[0]}"
-    processes = int(os.environ["LOCAL_WORLD_SIZE"]) if PROCESSES > 1 else 1
-    if on_gpu(options.device) and processes > torch.cuda.device_count():
-        return f"{processes} processes need a GPU each, or --device cpu"
+    if on_gpu(options.device) and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus():
+        return f"{PROCESSES} processes need a GPU each, or --device cpu"
     return None
-
-
-def on_gpu(device: str) -> bool:
-    """Tell whether --device leaves each process a CUDA GPU of its own."""
-    return torch.cuda.is_available() and device in ("auto", "cuda")
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -168,37 +150,52 @@ def on_gpu(device: str) -> bool:
 def load_samples(options: argparse.Namespace) -> tuple[list[EditSample], list[EditSample]]:
     """Read or draw (training samples, stream of edits). Raises before any long work."""
     if options.data is None:
-        stream = data.drawn_stream(options.edits, options.seed)
+        stream = drawn.drawn_stream(options.edits, options.seed)
         count = 0 if options.editor else options.train_samples
-        return data.drawn_training(count, options.seed), stream
-    files = data.benchmark_files(options.data, options.data_root, options.image_root)
-    train_file, eval_file, images = files
+        return drawn.drawn_training(count, options.seed), stream
+    train_file, eval_file, images = data.benchmark_files(options.data, options.data_root)
     if not options.editor and train_file == eval_file:
         raise ValueError(f"{options.data} has no eval in its name to find a training file by")
     official = options.data if options.prompt_style == "official" else None
     train = [] if options.editor else data.read_records(train_file, images, official)
     stream = data.read_records(eval_file, images, official)
     stream = random.Random(options.seed).sample(stream, min(options.edits, len(stream)))
-    if options.exclude_leaks:
-        train, left_out = data.without_leaks(train, stream)
-        print(f"{left_out} locality questions of the evaluation are left out of the training")
     pictures = data.check_pictures(train + stream)
     print(f"{options.data}: {len(train)} training, {len(stream)} edits, {pictures} pictures")
     return train, stream
 
 
-def load_model(name: str, device: str, dtype: str):
-    """Load model and processor by the plain Hugging Face way."""
-    name = SHORT_NAMES.get(name, name)
-    if device == "auto" and (PROCESSES == 1 or on_gpu(device)):
-        device = torch.accelerator.current_accelerator(check_available=True)
-    device = "cpu" if device in ("auto", None) else device
+def check_texts(form: InputFormat, samples: list[EditSample]) -> None:
+    """Raise ValueError that names the records whose texts the model cannot read."""
+    asked, faults = samples[0].edit, []
+    inputs = form.encode([asked.image.open()], [asked.prompt], None)
+    picture = int((inputs["input_ids"] == form.image_token_id).sum())
+    for sample in samples:
+        for query in sample.queries.values():
+            try:
+                form.encode([None], [query.prompt], [query.target], spare=picture)
+            except ValueError as error:
+                faults.append(f"{sample.source}: {error}")
+                break
+    data.complain("texts that the model cannot read", faults)
+
+
+def load_processor(name: str):
+    """Load a model's processor by the plain Hugging Face way."""
     try:
-        processor = AutoProcessor.from_pretrained(name)
+        return AutoProcessor.from_pretrained(SHORT_NAMES.get(name, name))
     except (ImportError, AttributeError) as error:  # from deep inside, where a package is missing
         package = "needs a package that is not installed, usually torchvision"
         raise RuntimeError(f"the processor of {name} {package}: {error}") from error
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto"):
+    """Load model and processor by the plain Hugging Face way."""
+    processor = load_processor(name)
+    if device == "auto" and (PROCESSES == 1 or gpus()):
+        device = torch.accelerator.current_accelerator(check_available=True)
+    device = "cpu" if device in ("auto", None) else device
+    model = AutoModelForImageTextToText.from_pretrained(SHORT_NAMES.get(name, name), dtype=dtype)
     return model.to(device).eval(), processor
 
 
@@ -237,20 +234,23 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
         empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
     config, width = config_for(empty, options), empty.config.get_text_config().hidden_size
     layer = LiveEdit(empty, None, config).config.layer  # raises if it cannot be edited there
-    defaults, experts = training_defaults(width), options.expert_batch_size
+    defaults = training_defaults(width)
     for key, value in (defaults | {"eval_batch_size": max(4, 2**14 // width)}).items():
         if getattr(options, key) is None:
             setattr(options, key, value)
-    if experts and experts > options.batch_size:
-        batch = options.batch_size
+    if options.expert_batch_size > options.batch_size:
+        experts, batch = options.expert_batch_size, options.batch_size
         raise ValueError(f"--expert-batch-size {experts} is more than a batch of {batch}")
     samples, stream = load_samples(options)
+    if options.data:
+        form = InputFormat(empty, load_processor(options.model), options.prompt_style)
+        check_texts(form, samples + stream)
     if samples:
         options.batch_size = min(options.batch_size, len(samples) // PROCESSES)
+        options.expert_batch_size = min(options.expert_batch_size, options.batch_size)
         for rank in range(PROCESSES):
             own = samples[rank::PROCESSES]
-            next(data.consistent_batches(own, options.batch_size, random.Random(0)))
-        options.expert_batch_size = min(options.expert_batch_size, options.batch_size)
+            next(data.consistent_batches(own, options.expert_batch_size, random.Random(0)))
     size = sum(parameter.numel() for parameter in empty.parameters()) / 1e6
     print(f"{type(empty).__name__} {name}: {size:.1f} M parameters")
     if not options.editor:
@@ -276,37 +276,40 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
 # -------------------------------------------------------------------------------------- processes
 
 
-@contextlib.contextmanager
-def all_processes(device: str):
+def gpus() -> int:
+    """Count the CUDA GPUs."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def on_gpu(device: str) -> bool:
+    """Tell whether --device leaves each process a CUDA GPU of its own."""
+    return gpus() > 0 and device in ("auto", "cuda")
+
+
+def join_processes(device: str) -> None:
     """Join the processes that torchrun started, if it did; the first alone prints."""
-    if PROCESSES == 1:
-        yield
-        return
-    if on_gpu(device):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu(device) else "gloo")
-    with open(os.devnull, "w") as file, contextlib.redirect_stdout(file if RANK else sys.stdout):
-        yield
-    dist.destroy_process_group()  # not after an error: the others may wait for this process
-
-
-def average_gradients(parameters) -> None:
-    """Take the mean of the gradients of all processes."""
-    if PROCESSES == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters]
-    flat = parameters_to_vector(gradients)  # one message for all
-    dist.all_reduce(flat)
-    vector_to_parameters(flat / PROCESSES, gradients)
-
-
-def gathered(value) -> list:
-    """Give the values of all processes, in their order."""
-    values = [value]
     if PROCESSES > 1:
-        values = [None] * PROCESSES
-        dist.all_gather_object(values, value)
-    return values
+        if on_gpu(device):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if on_gpu(device) else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def average_gradients(editor: LiveEdit) -> None:
+    """Take the mean of the gradients of all processes."""
+    for parameter in editor.parameters() if PROCESSES > 1 else ():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= PROCESSES
+
+
+def any_of_all(mine: bool) -> bool:
+    """Tell whether it is true in any process."""
+    if PROCESSES == 1:
+        return mine
+    told: list = [None] * PROCESSES
+    dist.all_gather_object(told, mine)
+    return any(told)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -317,51 +320,76 @@ def question(query: Query) -> Question:
     return Question(query.image.open() if query.image else None, query.prompt, query.target)
 
 
-def pictured_questions(samples: list[EditSample]) -> list[Question]:
-    """Open all questions with pictures, sample by sample, each in the order of ROLES."""
-    names = [(sample, name) for sample in samples for name in ROLES if name in sample.queries]
-    return [question(sample.queries[name]) for sample, name in names]
+Triple = tuple[States, States, States]
 
 
 class TrainingSet:
-    """Training batches as states of the edit layer, computed once where they fit in memory."""
+    """Training batches as states of the edit layer, computed once where they fit in memory.
 
-    def __init__(self, editor: LiveEdit, samples: list[EditSample], batch_size: int):
-        self.editor, self.samples, self.batch_size = editor, samples, batch_size
-        self.names = [[name for name in ROLES if name in sample.queries] for sample in samples]
-        row = self._capture(samples[:2], list)[0].hidden[0]
-        self.states = None
-        counts = [len(names) for names in self.names]
-        if sum(counts) * row.nbytes * 1.5 < CACHE_BYTES:
-            progress = partial(bar_of, desc="training states")
-            self.states, self.texts = self._capture(samples, progress)
-            has_text = [int("text_locality" in sample.queries) for sample in samples]
-            # Of each sample, the rows in states and in texts.
-            self.rows = torch.arange(sum(counts)).split(counts)
-            self.text_rows = torch.arange(sum(has_text)).split(has_text)
+    A batch is some triples (of edits, of generality and of locality queries) without contradiction.
+    """
 
-    def _capture(self, samples: list[EditSample], progress) -> tuple[States, Rows | None]:
+    def __init__(self, editor: LiveEdit, samples: list[EditSample], options: argparse.Namespace):
+        self.editor, self.samples, self.seed = editor, samples, f"{options.seed} {RANK}"
+        self.facts = [(sample.edit.fact, sample.untouched_facts()) for sample in samples]
+        self.size = options.expert_batch_size
+        self.joined = options.batch_size // self.size  # triples of a batch
+        # Each sample comes so often as it has other queries to take.
+        self.variants = max(len(names_of(sample, role)) for sample in samples for role in ROLES)
+        self.epoch, self.triples, self.kept = 0, self._choose(0), []
+        row = self._capture(0)[0][0].hidden[0]
+        if 3 * row.nbytes * self.size * len(self.triples) * 1.5 < CACHE_BYTES:
+            bar = bar_of(range(len(self.triples)), desc="training states")
+            self.kept = [self._capture(n) for n in bar]
+
+    def _choose(self, epoch: int) -> list[tuple[list[int], int]]:
+        """Put the samples into triples: the indices of some, and which of their queries."""
+        batches = data.consistent_batches(self.samples, self.size, self._random("epoch", epoch))
+        count = max(1, len(self.samples) // self.size)
+        return [(next(batches), v) for v in range(self.variants) for _ in range(count)]
+
+    def _random(self, what: str, number: int) -> random.Random:
+        """Make the same random numbers whenever a step is taken: a training resumes exactly."""
+        return random.Random(f"{self.seed} {what} {number}")
+
+    def batch(self, step: int) -> tuple[list[Triple], Rows | None]:
+        """Give the triples of a step, and the rows of their text-only prompts."""
+        epoch, place = divmod(step, len(self.triples))
+        if not self.kept and epoch != self.epoch:
+            self.epoch, self.triples = epoch, self._choose(epoch)
+        numbers = range(len(self.triples))
+        together = [self._random("order", epoch).sample(numbers, len(numbers))[place]]
+        for other in self._random("step", step).sample(numbers, len(numbers)):
+            if len(together) < self.joined and self._agree([*together, other]):
+                together.append(other)
+        made = [self.kept[n] if self.kept else self._capture(n) for n in together]
+        texts = [rows for _, rows in made if rows is not None]
+        return [triple for triple, _ in made], Rows.cat(texts) if texts else None
+
+    def _agree(self, numbers: list[int]) -> bool:
+        """Tell whether no fact of these triples is edited twice, or edited and to be kept."""
+        facts = [self.facts[i] for n in numbers for i in self.triples[n][0]]
+        edited, untouched = {fact for fact, _ in facts}, set().union(*(kept for _, kept in facts))
+        return len(edited) == len(facts) and edited.isdisjoint(untouched)
+
+    def _capture(self, number: int) -> tuple[Triple, Rows | None]:
+        """Run the lower layers for the samples of one triple."""
+        chosen, variant = self.triples[number]
+        samples, roles = [self.samples[i] for i in chosen], []
+        for role in ROLES:
+            names = [names_of(sample, role) for sample in samples]
+            asked = [s.queries[n[variant % len(n)]] for s, n in zip(samples, names, strict=True)]
+            roles.append(self.editor.capture([question(query) for query in asked]))
         texts = [s.queries["text_locality"] for s in samples if "text_locality" in s.queries]
-        states = self.editor.capture(pictured_questions(samples), self.batch_size, progress)
         if not texts:
-            return states, None
-        text = self.editor.capture([question(t) for t in texts], self.batch_size, above=False)
-        return states, Rows.gather(text.hidden, text.masks.prompt)
+            return tuple(roles), None
+        text = self.editor.capture([question(query) for query in texts], above=False)
+        return tuple(roles), Rows.gather(text.hidden.float(), text.masks.prompt)
 
-    def batch(self, chosen: list[int]) -> tuple[States, Tensor, Tensor, Rows | None]:
-        """Give states, roles and owners of the pictured rows, and rows of text-only prompts."""
-        device = self.editor.norm.weight.device
-        if self.states is None:
-            states, texts = self._capture([self.samples[i] for i in chosen], list)
-        else:
-            rows = torch.cat([self.rows[i] for i in chosen])
-            asked = torch.cat([self.text_rows[i] for i in chosen])
-            states = self.states.select(rows.to(device))
-            texts = self.texts.select(asked.to(device)) if len(asked) else None
-        role = [ROLES[name] for i in chosen for name in self.names[i]]
-        owner = [b for b, i in enumerate(chosen) for _ in self.names[i]]
-        texts = texts and Rows(texts.states.float(), texts.mask)
-        return states, torch.tensor(role, device=device), torch.tensor(owner, device=device), texts
+
+def names_of(sample: EditSample, role: tuple[str, ...]) -> list[str]:
+    """Name the queries of a sample that play one of ROLES."""
+    return [name for name in role if name in sample.queries]
 
 
 def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -370,13 +398,18 @@ def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.
     Differs from the paper: in a trial of 600 steps on an earlier tiny LLaVA the average at 500
     edits was 94.7 so, 93.2 with Adam alone.
     """
-    parameters, small = list(editor.parameters()), editor.norm.weight.numel() < SMALL_WIDTH
+    parameters, small = list(editor.parameters()), is_small(editor)
     matrices = [parameter for parameter in parameters if small and parameter.dim() == 2]
     others = [parameter for parameter in parameters if not small or parameter.dim() != 2]
     optimizers = [torch.optim.Adam(others, lr=learning_rate, fused=True)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=10 * learning_rate, weight_decay=0.0))
     return optimizers
+
+
+def is_small(editor: LiveEdit) -> bool:
+    """Tell whether the model is one of those that are trained as SMALL says."""
+    return editor.norm.weight.numel() < SMALL_WIDTH
 
 
 def cut_gradients(editor: LiveEdit) -> None:
@@ -395,18 +428,16 @@ def rate_factor(step: int, steps: int, small: bool) -> float:
     return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def save_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: dict) -> None:
-    """Write all that the next step depends on; an older checkpoint stays until this is whole."""
-    content = progress | {"editor": editor.state_dict(), "random": gathered(torch.get_rng_state())}
-    content |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    content |= {"random_cuda": gathered(torch.cuda.get_rng_state_all())}
-    if not RANK:
-        with open(file.with_suffix(".new"), "wb") as draft:
-            torch.save(content, draft)
-            draft.flush()
-            os.fsync(draft.fileno())
-        os.replace(file.with_suffix(".new"), file)
-    gathered("saved")  # none goes on, or ends, before
+def save_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: dict) -> bool:
+    """Write all that the next step depends on; tell whether it could be written."""
+    content = progress | {"editor": editor.state_dict()}
+    content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    try:
+        write_whole(file, partial(torch.save, content))
+    except OSError as error:  # the older checkpoint stays
+        print(f"run.py: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, settings: dict) -> dict:
@@ -419,21 +450,24 @@ def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, settings: di
     for key, value in settings.items():
         if saved.get(key) != value:
             raise ValueError(f"{file} is of a training with {key} {saved.get(key)}, not {value}")
+    if not same_model(content["model"], fingerprint(editor.model)):
+        raise ValueError(f"{file} is of a training on another model, with other weights")
     editor.load_state_dict(content.pop("editor"))
     for optimizer, state in zip(optimizers, content.pop("optimizers"), strict=True):
         optimizer.load_state_dict(state)
-    torch.set_rng_state(content.pop("random")[RANK])
-    torch.cuda.set_rng_state_all(content.pop("random_cuda")[RANK])
     return content
 
 
-def fit_norms(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespace) -> None:
+def fit_norms(editor: LiveEdit, samples: list[EditSample]) -> None:
     """Fit a new editor's norms to the model, alike in all processes."""
-    some = pictured_questions(samples[:32])
-    editor.standardise(editor.capture(some, options.eval_batch_size, above=False))
-    if PROCESSES > 1:
-        for parameter in editor.parameters():
-            dist.broadcast(parameter.data, src=0)
+    fitted = []
+    for sample in samples[:32]:
+        names = [name for role in ROLES for name in names_of(sample, role)]
+        asked = [question(sample.queries[name]) for name in names]
+        fitted.append(editor.capture(asked, above=False))
+    editor.standardise(fitted)
+    for parameter in editor.parameters() if PROCESSES > 1 else ():
+        dist.broadcast(parameter.data, src=0)
 
 
 def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespace) -> dict:
@@ -441,50 +475,46 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
 
     Each process of several trains on samples of its own.
     """
-    small, file = editor.norm.weight.numel() < SMALL_WIDTH, options.out / CHECKPOINT
-    optimizers = make_optimizers(editor, options.learning_rate)
+    file, optimizers = options.out / CHECKPOINT, make_optimizers(editor, options.learning_rate)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     settings = {name: getattr(options, name) for name in TRAINING_OPTIONS}
     settings |= {"config": asdict(editor.config), "processes": PROCESSES}
-    if not options.resume:  # a checkpoint has them
-        fit_norms(editor, samples, options)
-    samples, seed = samples[RANK::PROCESSES], options.seed + RANK
-    if RANK:
-        torch.manual_seed(seed)  # all have the same networks by now
-    progress = {"settings": settings, "step": 0, "seconds": 0.0, "running": {}, "log": []}
+    progress = {"settings": settings, "model": fingerprint(editor.model), "step": 0}
+    progress |= {"seconds": 0.0, "running": {}, "log": []}
     if options.resume:
         progress = load_checkpoint(file, editor, optimizers, settings)
-    start = time.time() - progress["seconds"]
-    batches = data.consistent_batches(samples, options.batch_size, random.Random(seed))
-    for _ in range(progress["step"]):
-        next(batches)
-    training_set, prepared = TrainingSet(editor, samples, options.eval_batch_size), time.time()
+    else:
+        fit_norms(editor, samples)
+    samples, start = samples[RANK::PROCESSES], time.time() - progress["seconds"]
+    training_set, prepared = TrainingSet(editor, samples, options), time.time()
     saved, interrupts = time.time(), []
     usual = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # not within a step
     steps = range(progress["step"], options.train_steps)
     bar = bar_of(steps, "training the editor", initial=steps.start, total=steps.stop)
     try:
         for step in bar:
+            torch.manual_seed((options.seed * 10**6 + step) * PROCESSES + RANK)  # resumes exactly
             for optimizer, rate in zip(optimizers, rates, strict=True):
-                factor = rate_factor(step, options.train_steps, small)
+                factor = rate_factor(step, options.train_steps, is_small(editor))
                 optimizer.param_groups[0]["lr"] = rate * factor
-            batch = training_set.batch(next(batches))
-            losses = editor.training_losses(*batch, options.expert_batch_size)
+            losses = editor.training_losses(*training_set.batch(step))
             editor.zero_grad()
             losses["total"].backward()
-            average_gradients(list(editor.parameters()))
+            average_gradients(editor)
             cut_gradients(editor)
             for optimizer in optimizers:
                 optimizer.step()
             progress["step"], progress["seconds"] = step + 1, time.time() - start
             note_losses(progress, losses, bar, every=max(1, min(100, options.train_steps // 10)))
-            interrupted = any(gathered(bool(interrupts)))
-            if interrupted or gathered(time.time() - saved > CHECKPOINT_SECONDS)[0]:
-                save_checkpoint(file, editor, optimizers, progress)
+            interrupted, written = any_of_all(bool(interrupts)), False
+            if not RANK and (interrupted or time.time() - saved > CHECKPOINT_SECONDS):
+                written = save_checkpoint(file, editor, optimizers, progress)
                 saved = time.time()
-            if interrupted:
+            if any_of_all(interrupted and written):
                 told = f"interrupted after step {step + 1}; --resume continues from {file}"
                 sys.exit(1 if RANK else told)
+            if interrupted:
+                sys.exit(f"interrupted after step {step + 1}, which could not be saved")
     finally:
         signal.signal(signal.SIGINT, usual)
     editor.trained_steps = options.train_steps
@@ -501,7 +531,7 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
     }
 
 
-def note_losses(progress: dict, losses: dict[str, Tensor], bar: tqdm, every: int) -> None:
+def note_losses(progress: dict, losses: dict, bar: tqdm, every: int) -> None:
     """Keep moving averages for bar and log. Raises FloatingPointError if training diverged."""
     running, step = progress["running"], progress["step"]
     for name, value in losses.items():
@@ -517,11 +547,15 @@ def note_losses(progress: dict, losses: dict[str, Tensor], bar: tqdm, every: int
 
 # ---------------------------------------------------------------------------------------- metrics
 
+OPENING_MARKS, CLOSING_MARKS = "\"'`([{¿¡“‘", ".,;:!?\"'`)]}…”’"
+
 
 def normalise(text: str) -> str:
-    """Drop case, punctuation, articles and double spaces."""
-    text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+    """Drop case, articles, marks around words and commas between thousands, but never all."""
+    words = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower()).split()
+    bare = [word.lstrip(OPENING_MARKS).rstrip(CLOSING_MARKS) for word in words]
+    bare = [word for word in bare if word]
+    return " ".join([word for word in bare if word not in ("a", "an", "the")] or bare or words)
 
 
 def token_accuracy(predicted: list[int], expected: list[int]) -> float:
@@ -546,15 +580,12 @@ def answer(editor: LiveEdit, queries: list[Query], longest: int, batch_size: int
     longest: tokens to generate at most; batch_size: queries per forward pass.
     """
     answers: dict[int, Answer] = {}
-    mine = range(RANK, len(queries), PROCESSES)
     for pictured in (True, False):
-        group = [i for i in mine if bool(queries[i].image) == pictured]
+        group = [i for i, query in enumerate(queries) if bool(query.image) == pictured]
         for start in range(0, len(group), batch_size):
             chunk = group[start : start + batch_size]
             made = answer_batch(editor, [queries[i] for i in chunk], longest)
             answers |= dict(zip(chunk, made, strict=True))
-    for others in gathered(answers):
-        answers |= others
     return [answers[i] for i in range(len(queries))]
 
 
@@ -606,7 +637,7 @@ def summarise(results: list[dict], way: str) -> dict[str, float | None]:
         values = [result[way] for result in results if result["query"] == name]
         if values or name != PORTABILITY:
             row[name] = percent(values)
-    main = [row[name] for name in data.MAIN_QUERIES if row[name] is not None]
+    main = [row[name] for name in MAIN_QUERIES if row[name] is not None]
     row["average"] = sum(main) / len(main) if main else None
     return row
 
@@ -682,7 +713,8 @@ def report_row(count: int, results: list[dict]) -> dict:
         some = [result for result in results if result["kind"] == kind]
         row["by_kind"][kind] = {way: summarise(some, way) for way in ways}
     row["router"] = {}
-    for name in (*ROLES, PORTABILITY) if count else ():
+    pictured = [name for role in ROLES for name in role]
+    for name in (*pictured, PORTABILITY) if count else ():
         some = [result for result in results if result["query"] == name]
         if some:
             row["router"][name] = {
@@ -694,6 +726,37 @@ def report_row(count: int, results: list[dict]) -> dict:
     return row
 
 
+def evaluate_updates(editor: LiveEdit, stream: list[EditSample], options) -> dict:
+    """Let a fifth of a drawn stream edit earlier facts again, and ask the older and newer question.
+
+    Tells, in per cent, how often the newest and the old answer is given, and how often the older
+    edit is used no more.
+    """
+    count, batch_size = len(stream) // 5, options.eval_batch_size
+    facts = stream[: len(stream) - count]
+    updates = drawn.drawn_updates(facts, count, options.seed)
+    editor.reset()
+    newer = [query for _, _, query in updates]
+    edits = [*(sample.edit for sample in facts), *newer]
+    ids = [edit.id for edit in editor.edit_many([question(q) for q in edits], batch_size)]
+    asked = [facts[i].edit for i, _, _ in updates] + newer
+    said = answer(editor, asked, longest_answer(editor, facts), batch_size)
+    rows = []
+    for (i, form, query), one in zip([*updates, *updates], said, strict=True):
+        text = normalise(one.generated)
+        row = {"form": form, "newest": text == normalise(query.target)}
+        row["old"] = text == normalise(facts[i].edit.target)
+        rows.append(row | {"replaced": ids[i] not in one.used})
+    found = {"edits": len(stream), "n": count} | shares_of(rows)
+    forms = {row["form"]: [r for r in rows if r["form"] == row["form"]] for row in rows}
+    return found | {"forms": {form: shares_of(some) for form, some in forms.items()}}
+
+
+def shares_of(rows: list[dict]) -> dict[str, float]:
+    """Average what updates show, in per cent."""
+    return {name: percent(row[name] for row in rows) for name in ("newest", "old", "replaced")}
+
+
 # ----------------------------------------------------------------------------------------- report
 
 COLUMNS = dict(zip(QUERY_NAMES[:5], ("Rel", "T-Gen", "M-Gen", "T-Loc", "M-Loc"), strict=True))
@@ -701,8 +764,8 @@ COLUMNS |= {"average": "Average", "same_image": "Same img", "similar_image": "Si
 COLUMNS |= {"no_image": "No img", PORTABILITY: "Port"}
 
 
-def table(rows: list[dict]) -> str:
-    """Print the rows of the report as text."""
+def table(rows: list[dict], updates: dict | None) -> str:
+    """Print the report as text."""
     names = [name for name in COLUMNS if name in rows[0]["teacher_forced"]]
     lines = []
     for way in ("teacher_forced", "free_running"):
@@ -718,6 +781,9 @@ def table(rows: list[dict]) -> str:
         own, other = row["own_expert_kept"], row["other_expert_kept"]
         lines.append(f"{name:<18}{own:>12.1f}{other:>15.1f}{row['experts_kept']:>12.2f}")
     lines.append("Without an image no expert is kept: T-Loc and No img are 100 by construction.")
+    if updates:
+        told = f"of {updates['n']} updates in {updates['edits']} edits {updates['newest']:.1f} %"
+        lines.append(f"\n{told} give the newest answer, {updates['old']:.1f} % the old")
     return "\n".join(lines)
 
 
@@ -727,8 +793,14 @@ def table_line(label: str, values: dict, names: list[str]) -> str:
     return f"{label:<16}" + "".join(f"{number:>9}" for number in numbers)
 
 
-def keep_freed_memory() -> None:
-    """Keep glibc from giving big blocks back at each step: small models lose half the time so."""
+def set_up_process() -> None:
+    """Print any text on any console, and keep freed memory.
+
+    glibc gives big blocks back at each step: small models lose half the time so.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # of a stream that is no console
+            stream.reconfigure(errors="backslashreplace")
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
@@ -748,48 +820,31 @@ def peak_memory() -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB"
 
 
-def save_editor(editor: LiveEdit, folder: Path) -> None:
-    """Save into a folder of our own, whose older editor makes room only when this one is whole."""
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    editor.save_pretrained(fresh)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    options = parse_options(arguments)
-    keep_freed_memory()
-    with all_processes(options.device):
-        run(options)
-
-
-def run(options: argparse.Namespace) -> None:
     """Train, stream and report."""
-    start, trained, updates = time.time(), None, None
+    options, start, trained, updates = parse_options(arguments), time.time(), None, None
+    set_up_process()
+    join_processes(options.device)
     torch.manual_seed(options.seed)
     try:
         editor, samples, stream = prepare(options)
         if not options.editor:
             trained = train(editor, samples, options)
-            if not RANK:
-                save_editor(editor, options.out / "editor")
-                (options.out / CHECKPOINT).unlink(missing_ok=True)
+        if RANK:
+            return
+        editor.save_pretrained(options.out / "editor")
+        (options.out / CHECKPOINT).unlink(missing_ok=True)
     except (OSError, ValueError, TypeError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"run.py: {error}")
     rows, predictions, cost = evaluate(editor, stream, options)
     try:
-        if not RANK:
-            save_editor(editor, options.out / "editor")
-    except (OSError, RuntimeError) as error:  # the results are not lost with it
+        editor.save_pretrained(options.out / "editor")
+    except OSError as error:  # the results are not lost with it
         print(f"run.py: the edits were not saved: {error}", file=sys.stderr)
     if options.data is None and len(stream) >= 5:
-        updates = evaluate_updates(editor, stream, options, answer)
-    if RANK:
-        return
+        updates = evaluate_updates(editor, stream, options)
     with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
-    draw_edits(stream, predictions, options.out / "edits.png")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     metrics = {"options": named, "config": asdict(editor.config), "seed": options.seed}
@@ -797,9 +852,11 @@ def run(options: argparse.Namespace) -> None:
     metrics |= cost | {"seconds": time.time() - start, "peak_memory": peak_memory()}
     metrics |= {"updates": updates, "rows": rows}
     (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    print("\n" + table(rows) + "\n")
-    if updates:
-        print(updates_table(updates))
+    with contextlib.suppress(ImportError):  # a picture of some edits, where benchmarks/ is at hand
+        from benchmarks.figure import draw_edits
+
+        draw_edits(stream, predictions, options.out / "edits.png")
+    print("\n" + table(rows, updates) + "\n")
     per_edit = f"{cost['seconds_per_edit'] * 1000:.1f} ms, {cost['bytes_per_edit'] / 1024:.1f} KiB"
     minutes = f"{(time.time() - start) / 60:.1f} minutes in all; everything in {options.out}/"
     print(f"{per_edit} per edit; peak memory {peak_memory()}; {minutes}")

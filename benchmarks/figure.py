@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import EditSample, drawn_stream
+from data import EditSample
+from drawn import drawn_stream
 
 TITLES = {
     "reliability": "edit",
