@@ -38,16 +38,14 @@ def find_decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if not hasattr(decoder, "layers") and hasattr(decoder, "get_decoder"):
         decoder = decoder.get_decoder()  # BLIP-2's decoder is a whole causal language model
-    layers, norms = getattr(decoder, "layers", None), []
-    if isinstance(layers, nn.ModuleList):
-        parts = dict(decoder.named_children())
-        # OPT and LFM2 have another name for it.
-        norms = [part for part in parts.values() if type(part).__name__.endswith("Norm")]
-        norms = [parts["norm"]] if "norm" in parts else norms
-    if len(norms) != 1:
+    layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
+    if norm is None and isinstance(layers, nn.ModuleList):  # OPT and LFM2 name it otherwise
+        norms = [part for part in decoder.children() if type(part).__name__.endswith("Norm")]
+        norm = norms[0] if len(norms) == 1 else None
+    if not isinstance(layers, nn.ModuleList) or norm is None:
         found = f"its decoder ({type(decoder).__name__}) has no `layers` with a norm behind them"
         raise TypeError(f"{type(model).__name__} is no vision-language model to edit: {found}")
-    return layers, norms[0]
+    return layers, norm
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -198,8 +196,9 @@ class FrozenModel:
         for hook in list(self.model._forward_pre_hooks.values()):
             if isinstance(other := getattr(hook, "__self__", None), FrozenModel):
                 other.detach()
-                told = "the editor that was attached to this model is detached, with its edits"
-                warnings.warn(f"{told}; its attach() would take the place back", stacklevel=3)
+                warnings.warn(
+                    "the editor that was attached is detached now, with its edits", stacklevel=3
+                )
         if self._disabled.get() is None:
             self._disabled.set(False)
         self._edit, head = edit, self.model.get_output_embeddings()
@@ -241,11 +240,6 @@ class FrozenModel:
             self._disabled_blocks -= 1
             self._disabled.set(before)
 
-    def is_disabled(self) -> bool:
-        """Is this call within `disabled()`?"""
-        own = self._disabled.get()
-        return self._disabled_blocks > 0 if own is None else own
-
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note the arguments of the call: the decoder layers do not see input_ids."""
         if model is not self.model:
@@ -275,7 +269,8 @@ class FrozenModel:
     def _after_layer(self, layer: nn.Module, args: tuple, kwargs: dict, output):
         """Ask the editor for other hidden states."""
         call, self._noted.call = self._noted.call, None
-        if self.is_disabled():
+        disabled = self._disabled.get()
+        if self._disabled_blocks if disabled is None else disabled:
             return None
         hidden, cache = hidden_of(output), first_of(kwargs, *CACHES)
         # A cache's length includes this call: a longer one is decoding. Paged caches tell none.
@@ -301,21 +296,20 @@ class FrozenModel:
             raise RuntimeError("this editor is detached; call attach() first")
         hidden, calls, thread = [], [], threading.get_ident()
         layers = self.layers_above if above else []
-
-        def stop_if_seen():
-            if len(calls) == len(layers):
-                raise _Stop
+        last = [self.edit_layer, *layers][-1]
 
         def after_edit_layer(layer, args, output):
             if threading.get_ident() == thread:
                 hidden.append(hidden_of(output).clone())
-                stop_if_seen()
+                if layer is last:
+                    raise _Stop
 
         def before_layer_above(layer, args, kwargs):
             if threading.get_ident() == thread:
                 others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
                 calls.append((args[1:], others))
-                stop_if_seen()
+                if layer is last:
+                    raise _Stop
 
         with self.disabled(), contextlib.suppress(_Stop), contextlib.ExitStack() as hooks:
             hook = self.edit_layer.register_forward_hook(after_edit_layer, prepend=True)

@@ -1,4 +1,4 @@
-"""What an edit sample is, and the readers of benchmark files; drawn.py draws samples.
+"""What an edit sample is, how answers are scored, and the readers of benchmark files.
 
 One edit sample of the drawn world, shortened:
 
@@ -17,6 +17,7 @@ and "open" (English words, names, numbers, phrases). This module knows neither e
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,6 +106,46 @@ def consistent_batches(samples: list[EditSample], size: int, rng) -> Iterator[li
             raise ValueError(f"the {len(samples)} samples {reason}")
         queue = skipped + queue
         yield batch
+
+
+# ------------------------------------------------------------------------------- metrics
+
+OPENING_MARKS, CLOSING_MARKS = "\"'`([{¿¡“‘", ".,;:!?\"'`)]}…”’"
+
+
+def normalise(text: str) -> str:
+    """Drop case, articles, marks around words and commas between thousands, but never all."""
+    words = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower()).split()
+    bare = [word.lstrip(OPENING_MARKS).rstrip(CLOSING_MARKS) for word in words]
+    bare = [word for word in bare if word]
+    return " ".join([word for word in bare if word not in ("a", "an", "the")] or bare or words)
+
+
+def token_accuracy(predicted: list[int], expected: list[int]) -> float:
+    """Teacher-forced: the share of answer tokens (without the end) whose argmax is as expected."""
+    return sum(p == e for p, e in zip(predicted, expected, strict=True)) / len(expected)
+
+
+@dataclass
+class Answer:
+    """What the model says to one query, and the edits that it used."""
+
+    predicted: list[int]  # argmax at each token of the query's target, given those before it
+    target: list[int]
+    generated: str  # greedy, from the prompt alone
+    used: dict[int, float]  # weights of edits by their ids
+
+
+def score(name: str, query: Query, before: Answer, after: Answer) -> tuple[float, float]:
+    """Score (teacher-forced, free-running) in [0, 1].
+
+    Reliability and generality compare with the target, locality with the answer before the edits.
+    """
+    said = normalise(after.generated)
+    if name in LOCALITY_QUERIES:
+        same = said == normalise(before.generated)
+        return token_accuracy(after.predicted, before.predicted), float(same)
+    return token_accuracy(after.predicted, after.target), float(said == normalise(query.target))
 
 
 # ------------------------------------------------------------------------------- benchmark files

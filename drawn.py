@@ -415,27 +415,3 @@ def drawn_training(count: int, seed: int) -> list[EditSample]:
         queries["modal_generality"] = replace(queries["modal_generality"], prompt=rephrased)
         samples.append(EditSample(sample.kind, queries))
     return samples
-
-
-UPDATE_SHARES = Shares(open=0.0, novel_names=0.0)
-UPDATE_FORMS = {  # how a fact is edited again: by which of its sample's questions
-    "exact": "reliability",
-    "rephrased": "text_generality",
-    "another picture": "modal_generality",
-}
-
-
-def drawn_updates(stream: list[EditSample], count: int, seed: int) -> list[tuple[int, str, Query]]:
-    """`count` facts of a drawn stream, edited again: (index into it, form, query).
-
-    The forms come in turn; the new values are words of the drawn world.
-    """
-    rng, updates, forms = random.Random(f"updates {seed}"), [], list(UPDATE_FORMS)
-    for n, i in enumerate(rng.sample(range(len(stream)), count)):
-        form = forms[n % len(forms)]
-        asked = stream[i].queries[UPDATE_FORMS[form]]
-        target = asked.target
-        while target == asked.target:
-            target = edit_target(*asked.fact, SCENES, rng, UPDATE_SHARES, True)[1]
-        updates.append((i, form, replace(asked, target=target)))
-    return updates

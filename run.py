@@ -16,11 +16,11 @@ import json
 import math
 import os
 import random
-import re
+import resource
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,16 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 import data
 import drawn
 from backbone import IGNORE, InputFormat, States, fingerprint, same_model
-from data import LOCALITY_QUERIES, MAIN_QUERIES, PORTABILITY, QUERY_NAMES, EditSample, Query
+from data import (
+    LOCALITY_QUERIES,
+    MAIN_QUERIES,
+    PORTABILITY,
+    QUERY_NAMES,
+    Answer,
+    EditSample,
+    Query,
+    score,
+)
 from liveedit import LiveEdit, LiveEditConfig, Question, write_whole
 from router import Rows
 
@@ -85,63 +94,55 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     what("--data", help="evqa, eic, vlkeb, vlkeb-onehop, a folder or .json; else the drawn world")
     what("--data-root", type=Path, help="folder of a benchmark as published (easy-edit-mm, VLKEB)")
     what("--prompt-style", default="chat", choices=("chat", "official"), help="of all prompts")
-    what("--edits", type=int, default=500, help="edits of the stream (default 500)")
+    what("--edits", type=positive, default=500, help="edits of the stream (default 500)")
     what("--out", type=Path, default=Path("output"), help="output folder (default output)")
     what("--dry-run", action="store_true", help="check data and model configuration only")
     how = parser.add_argument_group("the editor").add_argument
     how("--editor", type=Path, help="a saved editor to load instead of training one")
     how("--layer", type=int, help="edit layer, from 0 (default by the model's size)")
-    how("--rank", type=int, help="rank of an expert (default 4; small models 12)")
+    how("--rank", type=positive, help="rank of an expert (default 4; small models 12)")
     how("--similarity", choices=("cosine", "dot"), help="of the visual filter (default cosine)")
     how("--threshold", type=float, help="of the visual filter (default the learned sentinel's)")
     how("--blend", action="store_true", help="the paper's plain soft router: newest does not win")
     training = parser.add_argument_group("its training (defaults by the model's size)").add_argument
-    training("--train-steps", type=int)
-    training("--train-samples", type=int, help="of the drawn world")
-    training("--batch-size", type=int, help="edits per training step, and process")
-    training("--expert-batch-size", type=int, help="of these, edits that experts are made of")
+    training("--train-steps", type=positive)
+    training("--train-samples", type=positive, help="of the drawn world")
+    training("--batch-size", type=positive, help="edits per training step, and process")
+    training("--expert-batch-size", type=positive, help="of these, edits that experts are made of")
     training("--learning-rate", type=float)
     training("--resume", action="store_true", help="continue an interrupted training in --out")
     machine = parser.add_argument_group("the machine").add_argument
     machine("--device", default="auto", help="auto (an accelerator, else cpu) or a torch device")
     machine("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    machine("--eval-batch-size", type=int, help="questions per forward pass outside of training")
+    machine("--eval-batch-size", type=positive, help="questions per pass outside of training")
     machine("--seed", type=int, default=0, help="of training and stream (default 0)")
     options = parser.parse_args(arguments)
-    if wrong := wrong_options(options):
-        parser.error(wrong)
-    return options
-
-
-def wrong_options(options: argparse.Namespace) -> str | None:
-    """Say what is wrong with the options, if anything."""
-    least = {"edits": 1, "rank": 1, "train_steps": 1, "train_samples": 2, "batch_size": 2}
-    least |= {"expert_batch_size": 2, "eval_batch_size": 1, "learning_rate": 1e-12}
-    for name, smallest in least.items():
-        value = getattr(options, name)
-        if value is not None and not value >= smallest:
-            return f"--{name.replace('_', '-')} must be at least {smallest}, not {value}"
-    for name in ("layer", "rank", "similarity", *PAPER):
-        if options.editor and getattr(options, name) is not None:
-            return f"--{name.replace('_', '-')} belongs to a training, but --editor is trained"
-    if options.editor and options.resume:
-        return "--resume continues a training, --editor loads a trained editor: choose one"
+    of_training = [n for n in ("layer", "rank", "similarity", *PAPER) if getattr(options, n)]
+    if options.editor and (of_training or options.resume):
+        name = (of_training or ["resume"])[0].replace("_", "-")
+        parser.error(f"--{name} belongs to a training, but --editor is trained")
     if options.editor and options.editor.resolve() == (options.out / "editor").resolve():
-        return f"--out {options.out} would overwrite the edits in --editor; choose another --out"
+        parser.error(f"--out {options.out} would overwrite the edits in --editor")
     if options.prompt_style == "official" and options.data not in data.BENCHMARKS:
-        return f"--prompt-style official needs --data, one of {', '.join(data.BENCHMARKS)}"
+        parser.error(f"--prompt-style official needs --data, one of {', '.join(data.BENCHMARKS)}")
     checkpoint = options.out / CHECKPOINT
     if options.resume and not checkpoint.is_file():
-        return f"there is no training to resume: {checkpoint} does not exist"
+        parser.error(f"there is no training to resume: {checkpoint} does not exist")
     if checkpoint.exists() and not (options.resume or options.editor or options.dry_run):
-        return f"{checkpoint} is an interrupted training: --resume it, delete it or change --out"
+        told = f"{checkpoint} is an interrupted training"
+        parser.error(f"{told}: --resume it, delete it or change --out")
     try:
         torch.empty(0, device="cpu" if options.device == "auto" else options.device)
     except (RuntimeError, AssertionError) as error:
-        return f"--device {options.device} cannot be used here: {str(error).splitlines()[0]}"
-    if on_gpu(options.device) and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus():
-        return f"{PROCESSES} processes need a GPU each, or --device cpu"
-    return None
+        parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
+    return options
+
+
+def positive(text: str) -> int:
+    """Read a number of the command line that is at least 1."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+    return int(text)
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -168,15 +169,14 @@ def load_samples(options: argparse.Namespace) -> tuple[list[EditSample], list[Ed
 def check_texts(form: InputFormat, samples: list[EditSample]) -> None:
     """Raise ValueError that names the records whose texts the model cannot read."""
     asked, faults = samples[0].edit, []
-    inputs = form.encode([asked.image.open()], [asked.prompt], None)
-    picture = int((inputs["input_ids"] == form.image_token_id).sum())
+    ids = form.encode([asked.image.open()], [asked.prompt], None)["input_ids"]
+    picture = int((ids == form.image_token_id).sum())
     for sample in samples:
-        for query in sample.queries.values():
-            try:
+        try:
+            for query in sample.queries.values():
                 form.encode([None], [query.prompt], [query.target], spare=picture)
-            except ValueError as error:
-                faults.append(f"{sample.source}: {error}")
-                break
+        except ValueError as error:
+            faults.append(f"{sample.source}: {error}")
     data.complain("texts that the model cannot read", faults)
 
 
@@ -192,9 +192,8 @@ def load_processor(name: str):
 def load_model(name: str, device: str = "auto", dtype: str = "auto"):
     """Load model and processor by the plain Hugging Face way."""
     processor = load_processor(name)
-    if device == "auto" and (PROCESSES == 1 or gpus()):
-        device = torch.accelerator.current_accelerator(check_available=True)
-    device = "cpu" if device in ("auto", None) else device
+    if device == "auto":
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = AutoModelForImageTextToText.from_pretrained(SHORT_NAMES.get(name, name), dtype=dtype)
     return model.to(device).eval(), processor
 
@@ -233,14 +232,11 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
         name = SHORT_NAMES.get(options.model, options.model)
         empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
     config, width = config_for(empty, options), empty.config.get_text_config().hidden_size
-    layer = LiveEdit(empty, None, config).config.layer  # raises if it cannot be edited there
-    defaults = training_defaults(width)
-    for key, value in (defaults | {"eval_batch_size": max(4, 2**14 // width)}).items():
+    config = LiveEdit(empty, None, config).config  # raises if it cannot be edited there
+    defaults = training_defaults(width) | {"eval_batch_size": max(4, 2**14 // width)}
+    for key, value in defaults.items():
         if getattr(options, key) is None:
             setattr(options, key, value)
-    if options.expert_batch_size > options.batch_size:
-        experts, batch = options.expert_batch_size, options.batch_size
-        raise ValueError(f"--expert-batch-size {experts} is more than a batch of {batch}")
     samples, stream = load_samples(options)
     if options.data:
         form = InputFormat(empty, load_processor(options.model), options.prompt_style)
@@ -254,15 +250,12 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
     size = sum(parameter.numel() for parameter in empty.parameters()) / 1e6
     print(f"{type(empty).__name__} {name}: {size:.1f} M parameters")
     if not options.editor:
-        sizes = f"width {config.module_dim}, rank {config.rank}, gain {config.gain:.2f}"
-        print(f"a new editor at edit layer {layer}: {sizes}")
+        print(f"a new editor at edit layer {config.layer}: {config}")
         print(", ".join(f"{key} {getattr(options, key)}" for key in defaults))
     if options.dry_run:
         sys.exit(0)
     options.out.mkdir(parents=True, exist_ok=True)
     model, processor = load_model(options.model, options.device, options.dtype)
-    if model.dtype == torch.float16 and samples:
-        print("the model is in float16: gradients above the edit layer are scaled by 1024")
     if not options.editor:
         return LiveEdit(model, processor, config), samples, stream
     changes = {"newest_wins": False} if options.blend else {}
@@ -276,24 +269,16 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
 # -------------------------------------------------------------------------------------- processes
 
 
-def gpus() -> int:
-    """Count the CUDA GPUs."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def on_gpu(device: str) -> bool:
-    """Tell whether --device leaves each process a CUDA GPU of its own."""
-    return gpus() > 0 and device in ("auto", "cuda")
-
-
 def join_processes(device: str) -> None:
     """Join the processes that torchrun started, if it did; the first alone prints."""
-    if PROCESSES > 1:
-        if on_gpu(device):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on_gpu(device) else "gloo")
+    if PROCESSES == 1:
+        return
+    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     if RANK:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")
 
 
 def average_gradients(editor: LiveEdit) -> None:
@@ -304,11 +289,10 @@ def average_gradients(editor: LiveEdit) -> None:
 
 
 def any_of_all(mine: bool) -> bool:
-    """Tell whether it is true in any process."""
-    if PROCESSES == 1:
-        return mine
-    told: list = [None] * PROCESSES
-    dist.all_gather_object(told, mine)
+    """Wait for all processes, and tell whether it is true in any of them."""
+    told: list = [mine] * PROCESSES
+    if PROCESSES > 1:
+        dist.all_gather_object(told, mine)
     return any(told)
 
 
@@ -334,19 +318,16 @@ class TrainingSet:
         self.facts = [(sample.edit.fact, sample.untouched_facts()) for sample in samples]
         self.size = options.expert_batch_size
         self.joined = options.batch_size // self.size  # triples of a batch
-        # Each sample comes so often as it has other queries to take.
-        self.variants = max(len(names_of(sample, role)) for sample in samples for role in ROLES)
         self.epoch, self.triples, self.kept = 0, self._choose(0), []
-        row = self._capture(0)[0][0].hidden[0]
-        if 3 * row.nbytes * self.size * len(self.triples) * 1.5 < CACHE_BYTES:
-            bar = bar_of(range(len(self.triples)), desc="training states")
-            self.kept = [self._capture(n) for n in bar]
+        row = self.capture(self.triples[0])[0][0].hidden[0]
+        if 3 * row.nbytes * len(samples) * 1.5 < CACHE_BYTES:
+            bar = bar_of(self.triples, desc="training states")
+            self.kept = [self.capture(chosen) for chosen in bar]
 
-    def _choose(self, epoch: int) -> list[tuple[list[int], int]]:
-        """Put the samples into triples: the indices of some, and which of their queries."""
+    def _choose(self, epoch: int) -> list[list[int]]:
+        """Put the samples into triples."""
         batches = data.consistent_batches(self.samples, self.size, self._random("epoch", epoch))
-        count = max(1, len(self.samples) // self.size)
-        return [(next(batches), v) for v in range(self.variants) for _ in range(count)]
+        return [next(batches) for _ in range(max(1, len(self.samples) // self.size))]
 
     def _random(self, what: str, number: int) -> random.Random:
         """Make the same random numbers whenever a step is taken: a training resumes exactly."""
@@ -362,34 +343,32 @@ class TrainingSet:
         for other in self._random("step", step).sample(numbers, len(numbers)):
             if len(together) < self.joined and self._agree([*together, other]):
                 together.append(other)
-        made = [self.kept[n] if self.kept else self._capture(n) for n in together]
+        made = [self.kept[n] if self.kept else self.capture(self.triples[n]) for n in together]
         texts = [rows for _, rows in made if rows is not None]
         return [triple for triple, _ in made], Rows.cat(texts) if texts else None
 
     def _agree(self, numbers: list[int]) -> bool:
         """Tell whether no fact of these triples is edited twice, or edited and to be kept."""
-        facts = [self.facts[i] for n in numbers for i in self.triples[n][0]]
+        facts = [self.facts[i] for n in numbers for i in self.triples[n]]
         edited, untouched = {fact for fact, _ in facts}, set().union(*(kept for _, kept in facts))
         return len(edited) == len(facts) and edited.isdisjoint(untouched)
 
-    def _capture(self, number: int) -> tuple[Triple, Rows | None]:
-        """Run the lower layers for the samples of one triple."""
-        chosen, variant = self.triples[number]
-        samples, roles = [self.samples[i] for i in chosen], []
+    def capture(self, chosen: list[int]) -> tuple[Triple, Rows | None]:
+        """Run the lower layers for one triple of samples, with one query of each of ROLES."""
+        samples, rng, roles = (
+            [self.samples[i] for i in chosen],
+            self._random("query", chosen[0]),
+            [],
+        )
         for role in ROLES:
-            names = [names_of(sample, role) for sample in samples]
-            asked = [s.queries[n[variant % len(n)]] for s, n in zip(samples, names, strict=True)]
+            names = [[name for name in role if name in sample.queries] for sample in samples]
+            asked = [s.queries[rng.choice(n)] for s, n in zip(samples, names, strict=True)]
             roles.append(self.editor.capture([question(query) for query in asked]))
         texts = [s.queries["text_locality"] for s in samples if "text_locality" in s.queries]
         if not texts:
             return tuple(roles), None
         text = self.editor.capture([question(query) for query in texts], above=False)
         return tuple(roles), Rows.gather(text.hidden.float(), text.masks.prompt)
-
-
-def names_of(sample: EditSample, role: tuple[str, ...]) -> list[str]:
-    """Name the queries of a sample that play one of ROLES."""
-    return [name for name in role if name in sample.queries]
 
 
 def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -428,29 +407,27 @@ def rate_factor(step: int, steps: int, small: bool) -> float:
     return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def save_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: dict) -> bool:
-    """Write all that the next step depends on; tell whether it could be written."""
+def save_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: dict) -> None:
+    """Write all that the next step depends on; a failed save is told, and the older one stays."""
     content = progress | {"editor": editor.state_dict()}
     content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     try:
         write_whole(file, partial(torch.save, content))
-    except OSError as error:  # the older checkpoint stays
+    except OSError as error:
         print(f"run.py: {error}", file=sys.stderr)
-        return False
-    return True
 
 
-def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, settings: dict) -> dict:
-    """Read a checkpoint. Raises ValueError if it is damaged, or of another training."""
+def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: dict) -> dict:
+    """Read a checkpoint. Raises ValueError if it is damaged, or of another training than this."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        saved = content["settings"]
+        model, saved = content["model"], content["settings"]
     except Exception as error:  # torch.load has many kinds
         raise ValueError(f"{file} is no checkpoint of a training; delete it: {error!r}") from error
-    for key, value in settings.items():
+    for key, value in progress["settings"].items():
         if saved.get(key) != value:
             raise ValueError(f"{file} is of a training with {key} {saved.get(key)}, not {value}")
-    if not same_model(content["model"], fingerprint(editor.model)):
+    if not same_model(model, progress["model"]):
         raise ValueError(f"{file} is of a training on another model, with other weights")
     editor.load_state_dict(content.pop("editor"))
     for optimizer, state in zip(optimizers, content.pop("optimizers"), strict=True):
@@ -462,8 +439,7 @@ def fit_norms(editor: LiveEdit, samples: list[EditSample]) -> None:
     """Fit a new editor's norms to the model, alike in all processes."""
     fitted = []
     for sample in samples[:32]:
-        names = [name for role in ROLES for name in names_of(sample, role)]
-        asked = [question(sample.queries[name]) for name in names]
+        asked = [question(query) for query in sample.queries.values() if query.image]
         fitted.append(editor.capture(asked, above=False))
     editor.standardise(fitted)
     for parameter in editor.parameters() if PROCESSES > 1 else ():
@@ -482,7 +458,7 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
     progress = {"settings": settings, "model": fingerprint(editor.model), "step": 0}
     progress |= {"seconds": 0.0, "running": {}, "log": []}
     if options.resume:
-        progress = load_checkpoint(file, editor, optimizers, settings)
+        progress = load_checkpoint(file, editor, optimizers, progress)
     else:
         fit_norms(editor, samples)
     samples, start = samples[RANK::PROCESSES], time.time() - progress["seconds"]
@@ -506,29 +482,19 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
                 optimizer.step()
             progress["step"], progress["seconds"] = step + 1, time.time() - start
             note_losses(progress, losses, bar, every=max(1, min(100, options.train_steps // 10)))
-            interrupted, written = any_of_all(bool(interrupts)), False
+            interrupted = any_of_all(bool(interrupts))
             if not RANK and (interrupted or time.time() - saved > CHECKPOINT_SECONDS):
-                written = save_checkpoint(file, editor, optimizers, progress)
+                save_checkpoint(file, editor, optimizers, progress)
                 saved = time.time()
-            if any_of_all(interrupted and written):
-                told = f"interrupted after step {step + 1}; --resume continues from {file}"
-                sys.exit(1 if RANK else told)
-            if interrupted:
-                sys.exit(f"interrupted after step {step + 1}, which could not be saved")
+            if interrupted and any_of_all(True):  # when it is saved
+                sys.exit(f"interrupted after step {step + 1}; --resume continues from {file}")
     finally:
         signal.signal(signal.SIGINT, usual)
     editor.trained_steps = options.train_steps
-    return {
-        "steps": options.train_steps,
-        "batch_size": options.batch_size,
-        "expert_batch_size": options.expert_batch_size,
-        "processes": PROCESSES,
-        "samples": len(samples),  # of this process
-        "seconds": progress["seconds"],
-        "seconds_hidden_states": prepared - start,
-        "trained_parameters": sum(parameter.numel() for parameter in editor.parameters()),
-        "losses": progress["log"],
-    }
+    trained = {"steps": options.train_steps, "samples": len(samples)}  # of this process
+    trained |= {"seconds": progress["seconds"], "seconds_hidden_states": prepared - start}
+    trained["trained_parameters"] = sum(parameter.numel() for parameter in editor.parameters())
+    return trained | {"losses": progress["log"]}
 
 
 def note_losses(progress: dict, losses: dict, bar: tqdm, every: int) -> None:
@@ -546,31 +512,6 @@ def note_losses(progress: dict, losses: dict, bar: tqdm, every: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------- metrics
-
-OPENING_MARKS, CLOSING_MARKS = "\"'`([{¿¡“‘", ".,;:!?\"'`)]}…”’"
-
-
-def normalise(text: str) -> str:
-    """Drop case, articles, marks around words and commas between thousands, but never all."""
-    words = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower()).split()
-    bare = [word.lstrip(OPENING_MARKS).rstrip(CLOSING_MARKS) for word in words]
-    bare = [word for word in bare if word]
-    return " ".join([word for word in bare if word not in ("a", "an", "the")] or bare or words)
-
-
-def token_accuracy(predicted: list[int], expected: list[int]) -> float:
-    """Teacher-forced: the share of answer tokens (without the end) whose argmax is as expected."""
-    return sum(p == e for p, e in zip(predicted, expected, strict=True)) / len(expected)
-
-
-@dataclass
-class Answer:
-    """What the model says to one query, and the edits that it used."""
-
-    predicted: list[int]  # argmax at each token of the query's target, given those before it
-    target: list[int]
-    generated: str  # greedy, from the prompt alone
-    used: dict[int, float]  # weights of edits by their ids
 
 
 @torch.no_grad()
@@ -612,29 +553,49 @@ def answer_batch(editor: LiveEdit, queries: list[Query], longest: int) -> list[A
     return answers
 
 
-def score(name: str, query: Query, before: Answer, after: Answer) -> tuple[float, float]:
-    """Score (teacher-forced, free-running) in [0, 1].
-
-    Reliability and generality compare with the target, locality with the answer before the edits.
-    """
-    said = normalise(after.generated)
-    if name in LOCALITY_QUERIES:
-        same = said == normalise(before.generated)
-        return token_accuracy(after.predicted, before.predicted), float(same)
-    return token_accuracy(after.predicted, after.target), float(said == normalise(query.target))
-
-
 def percent(values) -> float | None:
     """Average shares, in per cent."""
     values = list(values)
     return 100 * sum(values) / len(values) if values else None
 
 
-def summarise(results: list[dict], way: str) -> dict[str, float | None]:
-    """Average each query name; `average` is the mean of the paper's five."""
+def judge(sample: EditSample, own: int | None, count: int, before: dict, after: dict) -> list[dict]:
+    """Judge each query of a sample after `count` edits, of which its own has the id `own`."""
+    results = []
+    for name, query in sample.queries.items():
+        old, new = before[id(query)], after[id(query)]
+        teacher_forced, free_running = score(name, query, old, new)
+        picture = query.image and str(getattr(query.image, "path", None) or query.image.scene)
+        expected = old.generated if name in LOCALITY_QUERIES else query.target
+        result = {"edits": count, "kind": sample.kind, "query": name, "image": picture}
+        result |= {"prompt": query.prompt, "expected": expected}
+        result |= {"before": old.generated, "after": new.generated, "tokens": len(new.target)}
+        result |= {"teacher_forced": teacher_forced, "free_running": free_running}
+        result |= {"own_edit": own in new.used, "used": len(new.used)}
+        results.append(result | {"other_edits": len(new.used) > (own in new.used)})
+    return results
+
+
+# What is reported of each query, averaged: scores, then how the router chose, in per cent.
+FIGURES = ("teacher_forced", "free_running", "own_edit", "other_edits")
+
+
+def report_row(count: int, results: list[dict]) -> dict:
+    """Summarise the results after `count` edits: one of the "rows" of metrics.json."""
+    row = {"edits": count, "n": sum(result["query"] == "reliability" for result in results)}
+    row |= {what: summarise(results, what) for what in FIGURES}
+    row["by_kind"] = {}
+    for kind in {result["kind"]: None for result in results}:
+        some = [result for result in results if result["kind"] == kind]
+        row["by_kind"][kind] = {what: summarise(some, what) for what in FIGURES}
+    return row
+
+
+def summarise(results: list[dict], what: str) -> dict[str, float | None]:
+    """Average one of FIGURES for each query name; `average` is the mean of the paper's five."""
     row = {}
     for name in (*QUERY_NAMES, PORTABILITY):
-        values = [result[way] for result in results if result["query"] == name]
+        values = [result[what] for result in results if result["query"] == name]
         if values or name != PORTABILITY:
             row[name] = percent(values)
     main = [row[name] for name in MAIN_QUERIES if row[name] is not None]
@@ -685,78 +646,6 @@ def ask_all(editor: LiveEdit, samples: list[EditSample], longest: int, batch_siz
     return {id(query): said for query, said in zip(queries, answers, strict=True)}
 
 
-def judge(sample: EditSample, own: int | None, count: int, before: dict, after: dict) -> list[dict]:
-    """Judge each query of a sample whose edit has the id `own`."""
-    results = []
-    for name, query in sample.queries.items():
-        old, new = before[id(query)], after[id(query)]
-        teacher_forced, free_running = score(name, query, old, new)
-        picture = query.image and str(getattr(query.image, "path", None) or query.image.scene)
-        expected = old.generated if name in LOCALITY_QUERIES else query.target
-        result = {"edits": count, "kind": sample.kind, "query": name, "image": picture}
-        result |= {"prompt": query.prompt, "expected": expected}
-        result |= {"before": old.generated, "after": new.generated}
-        result["tokens"] = len(new.target)
-        result |= {"teacher_forced": teacher_forced, "free_running": free_running}
-        results.append(result | {"own_expert": own in new.used, "used": len(new.used)})
-        results[-1]["weight"] = sum(new.used.values())
-    return results
-
-
-def report_row(count: int, results: list[dict]) -> dict:
-    """Summarise the results after `count` edits: one of the "rows" of metrics.json."""
-    ways, kinds = ("teacher_forced", "free_running"), {result["kind"]: None for result in results}
-    row = {"edits": count} | {way: summarise(results, way) for way in ways}
-    row["n"] = sum(result["query"] == "reliability" for result in results)
-    row["by_kind"] = {}
-    for kind in kinds:
-        some = [result for result in results if result["kind"] == kind]
-        row["by_kind"][kind] = {way: summarise(some, way) for way in ways}
-    row["router"] = {}
-    pictured = [name for role in ROLES for name in role]
-    for name in (*pictured, PORTABILITY) if count else ():
-        some = [result for result in results if result["query"] == name]
-        if some:
-            row["router"][name] = {
-                "own_expert_kept": percent(result["own_expert"] for result in some),
-                "other_expert_kept": percent(r["used"] > r["own_expert"] for r in some),
-                "experts_kept": sum(result["used"] for result in some) / len(some),
-                "weight": sum(result["weight"] for result in some) / len(some),
-            }
-    return row
-
-
-def evaluate_updates(editor: LiveEdit, stream: list[EditSample], options) -> dict:
-    """Let a fifth of a drawn stream edit earlier facts again, and ask the older and newer question.
-
-    Tells, in per cent, how often the newest and the old answer is given, and how often the older
-    edit is used no more.
-    """
-    count, batch_size = len(stream) // 5, options.eval_batch_size
-    facts = stream[: len(stream) - count]
-    updates = drawn.drawn_updates(facts, count, options.seed)
-    editor.reset()
-    newer = [query for _, _, query in updates]
-    edits = [*(sample.edit for sample in facts), *newer]
-    ids = [edit.id for edit in editor.edit_many([question(q) for q in edits], batch_size)]
-    asked = [facts[i].edit for i, _, _ in updates] + newer
-    said = answer(editor, asked, longest_answer(editor, facts), batch_size)
-    rows = []
-    for (i, form, query), one in zip([*updates, *updates], said, strict=True):
-        text = normalise(one.generated)
-        row = {"form": form, "newest": text == normalise(query.target)}
-        row["old"] = text == normalise(facts[i].edit.target)
-        rows.append(row | {"replaced": ids[i] not in one.used})
-    found = {"edits": len(stream), "n": count} | shares_of(rows)
-    forms = {row["form"]: [r for r in rows if r["form"] == row["form"]] for row in rows}
-    return found | {"forms": {form: shares_of(some) for form, some in forms.items()}}
-
-
-def shares_of(rows: list[dict]) -> dict[str, float]:
-    """Average what updates show, in per cent."""
-    return {name: percent(row[name] for row in rows) for name in ("newest", "old", "replaced")}
-
-
 # ----------------------------------------------------------------------------------------- report
 
 COLUMNS = dict(zip(QUERY_NAMES[:5], ("Rel", "T-Gen", "M-Gen", "T-Loc", "M-Loc"), strict=True))
@@ -764,33 +653,21 @@ COLUMNS |= {"average": "Average", "same_image": "Same img", "similar_image": "Si
 COLUMNS |= {"no_image": "No img", PORTABILITY: "Port"}
 
 
-def table(rows: list[dict], updates: dict | None) -> str:
-    """Print the report as text."""
-    names = [name for name in COLUMNS if name in rows[0]["teacher_forced"]]
+def table(rows: list[dict]) -> str:
+    """Print the rows of the report as text, the last one by kinds of edits too."""
+    names = [name for name in COLUMNS if name in rows[0]["free_running"]]
+    labelled = {f"{row['edits']} edits": row for row in rows}
+    labelled |= {f"  {kind}": row for kind, row in rows[-1]["by_kind"].items()}
     lines = []
-    for way in ("teacher_forced", "free_running"):
-        lines.append(f"{way.replace('_', '-'):<16}" + "".join(f"{COLUMNS[n]:>9}" for n in names))
-        for row in rows:
-            label = f"{row['edits']} edits" if row["edits"] else "before editing"
-            lines.append(table_line(label, row[way], names))
-        for kind, summary in rows[-1]["by_kind"].items():
-            lines.append(table_line(f"  {kind}", summary[way], names))
+    for what in FIGURES:
+        lines.append(f"{what.replace('_', '-'):<16}" + "".join(f"{COLUMNS[n]:>9}" for n in names))
+        for label, row in labelled.items():
+            values = ["-" if row[what][n] is None else f"{row[what][n]:.1f}" for n in names]
+            lines.append(f"{label:<16}" + "".join(f"{value:>9}" for value in values))
         lines.append("")
-    lines.append(f"{'router':<18}{'own used %':>12}{'others used %':>15}{'used, mean':>12}")
-    for name, row in rows[-1]["router"].items():
-        own, other = row["own_expert_kept"], row["other_expert_kept"]
-        lines.append(f"{name:<18}{own:>12.1f}{other:>15.1f}{row['experts_kept']:>12.2f}")
-    lines.append("Without an image no expert is kept: T-Loc and No img are 100 by construction.")
-    if updates:
-        told = f"of {updates['n']} updates in {updates['edits']} edits {updates['newest']:.1f} %"
-        lines.append(f"\n{told} give the newest answer, {updates['old']:.1f} % the old")
+    lines.append("own-edit, other-edits: how many queries use their sample's edit, or another one.")
+    lines.append("Without an image no edit is used: T-Loc and No img are 100 by construction.")
     return "\n".join(lines)
-
-
-def table_line(label: str, values: dict, names: list[str]) -> str:
-    """Print one row of numbers."""
-    numbers = ("-" if values[name] is None else f"{values[name]:.1f}" for name in names)
-    return f"{label:<16}" + "".join(f"{number:>9}" for number in numbers)
 
 
 def set_up_process() -> None:
@@ -809,24 +686,20 @@ def set_up_process() -> None:
 
 
 def peak_memory() -> str:
-    """Tell the peak memory of the GPU, or else of this process, in GiB."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+    """Tell the peak memory of the GPU, or else of this process."""
+    if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
-    if sys.platform == "win32":
-        return "unknown"
-    import resource  # not on Windows
-
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB"
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, stream and report."""
-    options, start, trained, updates = parse_options(arguments), time.time(), None, None
+    options, start, trained = parse_options(arguments), time.time(), None
     set_up_process()
-    join_processes(options.device)
     torch.manual_seed(options.seed)
     try:
+        join_processes(options.device)
         editor, samples, stream = prepare(options)
         if not options.editor:
             trained = train(editor, samples, options)
@@ -841,22 +714,23 @@ def main(arguments: list[str] | None = None) -> None:
         editor.save_pretrained(options.out / "editor")
     except OSError as error:  # the results are not lost with it
         print(f"run.py: the edits were not saved: {error}", file=sys.stderr)
-    if options.data is None and len(stream) >= 5:
-        updates = evaluate_updates(editor, stream, options)
-    with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     metrics = {"options": named, "config": asdict(editor.config), "seed": options.seed}
     metrics |= {"versions": versions | {"python": sys.version.split()[0]}, "training": trained}
-    metrics |= cost | {"seconds": time.time() - start, "peak_memory": peak_memory()}
-    metrics |= {"updates": updates, "rows": rows}
-    (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    with contextlib.suppress(ImportError):  # a picture of some edits, where benchmarks/ is at hand
+    print("\n" + table(rows) + "\n")
+    with contextlib.suppress(ImportError):  # two extras, where benchmarks/ is at hand
         from benchmarks.figure import draw_edits
+        from benchmarks.updates import evaluate_updates, updates_table
 
         draw_edits(stream, predictions, options.out / "edits.png")
-    print("\n" + table(rows, updates) + "\n")
+        if options.data is None and len(stream) >= 5:
+            metrics["updates"] = evaluate_updates(editor, stream, options, answer)
+            print(updates_table(metrics["updates"]))
+    metrics |= cost | {"seconds": time.time() - start, "peak_memory": peak_memory(), "rows": rows}
+    (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
     per_edit = f"{cost['seconds_per_edit'] * 1000:.1f} ms, {cost['bytes_per_edit'] / 1024:.1f} KiB"
     minutes = f"{(time.time() - start) / 60:.1f} minutes in all; everything in {options.out}/"
     print(f"{per_edit} per edit; peak memory {peak_memory()}; {minutes}")

@@ -34,10 +34,13 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
+import backbone
 import data
+import drawn
 import liveedit
 import run
-from benchmarks.updates import drawn_updates
+from backbone import FrozenModel, row_masks
+from benchmarks.updates import drawn_updates, evaluate_updates
 from generator import (
     CrossAttention,
     Edit,
@@ -46,12 +49,11 @@ from generator import (
     apply_experts,
     fit_norm,
 )
-from liveedit import EDIT, GENERALITY, LOCALITY, LiveEdit, LiveEditConfig, Question, States
+from liveedit import LiveEdit, LiveEditConfig, Question
 from router import (
     Router,
     Rows,
     hard_filter_loss,
-    row_masks,
     soft_router_losses,
     soft_weights,
     superseded,
@@ -78,7 +80,7 @@ def seed_and_clean_model(base):
     torch.manual_seed(0)
     yield
     for hook in list(base[0]._forward_pre_hooks.values()):  # also after a failed test
-        if isinstance(owner := getattr(hook, "__self__", None), LiveEdit):
+        if isinstance(owner := getattr(hook, "__self__", None), FrozenModel):
             owner.detach()
 
 
@@ -98,7 +100,7 @@ def editor(base):
 
 
 def picture(index: int = 0, drawing: int = 0) -> Image.Image:
-    return data.Drawing(data.SCENES[97 * index % len(data.SCENES)], drawing).open()
+    return drawn.Drawing(drawn.SCENES[97 * index % len(drawn.SCENES)], drawing).open()
 
 
 def questions(count: int, start: int = 0) -> list[tuple]:
@@ -358,7 +360,7 @@ def test_the_repository_is_a_list_of_experts_under_random_use(seed):
 
 def test_an_unedited_layer_output_is_the_same_object(base):
     model, processor = base
-    layer, outputs = liveedit.find_decoder_layers(model)[0][3], []
+    layer, outputs = backbone.find_decoder_layers(model)[0][3], []
     # The editor's hook comes first; an even earlier one needs `prepend` after it.
     editor = strong_editor(model, processor, layer=3)
     hooks = [
@@ -394,7 +396,7 @@ def test_the_head_never_multiplies_a_slice(base):
 
 def test_detached_and_disabled_are_bit_equal_and_foreign_hooks_survive(base):
     model, processor = base
-    calls, layer = [], liveedit.find_decoder_layers(model)[0][3]
+    calls, layer = [], backbone.find_decoder_layers(model)[0][3]
     foreign = [model.register_forward_pre_hook(lambda m, a: calls.append("model"))]
     foreign.append(layer.register_forward_hook(lambda m, a, o: calls.append("layer")))
     weights = {key: value.clone() for key, value in model.state_dict().items()}
@@ -443,7 +445,7 @@ def test_exceptions_and_interrupts_leave_no_route_behind(editor):
     inputs, other = editor.encode(picture(), QUESTIONS[0]), editor.encode(None, TEXT)
     with editor.disabled():
         original = logits_of(editor, other)
-    layers = liveedit.find_decoder_layers(editor.model)[0]
+    layers = backbone.find_decoder_layers(editor.model)[0]
     for error in (ValueError, KeyboardInterrupt):
         for place in (1, 5):  # below and above the edit layer
 
@@ -549,12 +551,10 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_beams_sampling_and_guidance_agree_with_and_without_cache(base, way, monkeypatch):
+def test_beams_sampling_and_guidance_agree_with_and_without_cache(base, way):
     editor = strong_editor(*base, gain=3.0)
     editor.edit_many(questions(4))
-    inputs, routed, made = editor.encode(picture(0), QUESTIONS[0]), [], []
-    route = editor.router.route
-    monkeypatch.setattr(editor.router, "route", lambda *a: routed.append(1) or route(*a))
+    inputs, made = editor.encode(picture(0), QUESTIONS[0]), []
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "output_logits": True}
     for use_cache in (True, False):
         torch.manual_seed(0)
@@ -564,7 +564,6 @@ def test_beams_sampling_and_guidance_agree_with_and_without_cache(base, way, mon
         made.append(result)
     assert_same(made[0].sequences, made[1].sequences)
     assert_close(torch.stack(made[0].logits), torch.stack(made[1].logits), 1e-3)
-    assert len(routed) == 2, f"two prompts were routed {len(routed)} times"
 
 
 def test_a_second_call_never_sees_the_first_ones_route(editor):
@@ -592,10 +591,9 @@ def test_a_prompt_that_is_asked_again_is_routed_again(editor):
     assert not torch.equal(logits_of(editor, inputs, use_cache=False), original)
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_a_generation_that_has_begun_is_not_touched(editor, cache):
+def test_a_generation_that_has_begun_is_not_touched(editor):
     inputs = editor.encode(picture(), QUESTIONS[0])
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "use_cache": cache}
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
     def generate(act=lambda: None):
         def between(ids, scores):
@@ -690,12 +688,9 @@ def test_global_modes_change_neither_dtypes_nor_promises(base):
     )
 
 
-def test_threads_ask_edit_and_forget_at_once(editor, monkeypatch):
+def test_threads_ask_edit_and_forget_at_once(editor):
     inputs = editor.encode(picture(), QUESTIONS[0])
-    original, weights, modes = logits_of(editor, inputs), list(editor.parameters()), []
-    monkeypatch.setattr(
-        editor, "parameters", lambda: modes.append(torch.is_grad_enabled()) or weights
-    )
+    original = logits_of(editor, inputs)
 
     def work(number):
         for _ in range(4):
@@ -707,8 +702,6 @@ def test_threads_ask_edit_and_forget_at_once(editor, monkeypatch):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    # With gradients, threads that read one weight at once wait for each other in some of 100 runs.
-    assert modes and not any(modes)
     assert not editor.edits()
     assert_same(logits_of(editor, inputs), original)
 
@@ -761,44 +754,76 @@ def test_the_router_never_sees_answer_tokens(editor):
 def test_saving_and_loading(base, tmp_path, monkeypatch):
     editor = strong_editor(*base)
     inputs, folder = editor.encode(picture(), QUESTIONS[0]), tmp_path / "editor"
+    (tmp_path / "real").mkdir()
+    folder.symlink_to(tmp_path / "real")
     editor.edit_many(questions(2))
     editor.save_pretrained(folder)
-    names = {"liveedit_config.json", "networks.safetensors", "experts.safetensors"}
-    assert {file.name for file in folder.iterdir()} == names
     older = logits_of(editor, inputs)
-    stamp = (folder / "networks.safetensors").stat().st_mtime_ns
     editor.edit_many(questions(2, 2))
     newer = logits_of(editor, inputs)
 
-    def load() -> LiveEdit:
-        return LiveEdit.from_pretrained(load_tiny(), base[1], folder)
+    def load(model=None, **changes) -> LiveEdit:
+        return LiveEdit.from_pretrained(model or load_tiny(), base[1], folder, **changes)
 
     for step in ("fsync", "replace"):  # before the newer file takes the older one's place
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(liveedit.os, step, Mock(side_effect=KeyboardInterrupt))
-            editor.save_pretrained(folder)
-        assert_same(logits_of(load(), inputs), older)
+        for error, told in ((KeyboardInterrupt, ""), (OSError("disk full"), "written: disk full")):
+            with (
+                monkeypatch.context() as patch,
+                pytest.raises((KeyboardInterrupt, OSError), match=told),
+            ):
+                patch.setattr(liveedit.os, step, Mock(side_effect=error))
+                editor.save_pretrained(folder)
+            assert_same(logits_of(load(), inputs), older)
+    assert [file.name for file in (tmp_path / "real").iterdir()] == [liveedit.EDITOR_FILE]
     forgotten = editor.edit(*questions(1, 7)[0])
     editor.forget(forgotten.id)
     editor.save_pretrained(folder)
-    assert stamp == (folder / "networks.safetensors").stat().st_mtime_ns, "written twice"
     loaded = load()
     assert_same(logits_of(loaded, inputs), newer)
     assert loaded.edits() == editor.edits() and loaded.trained_steps == 1
     assert loaded.edit(*questions(1)[0]).id == forgotten.id + 1, "an id was used again"
-    settings = {"threshold": 1.0, "newest_wins": True}
-    changed = LiveEdit.from_pretrained(load_tiny(), base[1], folder, **settings)
+    changed = load(threshold=1.0, newest_wins=True)
     assert not torch.equal(logits_of(changed, inputs), newer) and changed.router.newest_wins
     changed.save_pretrained(folder)  # the same editor with another setting
     assert load().config.threshold == 1.0
-    with torch.no_grad():
-        editor.norm.bias += 1
-    with pytest.raises(RuntimeError, match="another editor"):
-        editor.save_pretrained(folder)
+    with pytest.raises(TypeError, match="rank"):
+        load(rank=2)
     with torch.no_grad():
         editor.norm.bias += math.nan
     with pytest.raises(ValueError, match="not finite"):
         editor.save_pretrained(folder)
+
+
+def test_an_editor_knows_its_model_in_any_precision_and_leaves_another_alone(base, tmp_path):
+    editor = strong_editor(*base)
+    editor.save_pretrained(tmp_path)
+    editor.detach()
+    LiveEdit.from_pretrained(load_tiny(dtype=torch.bfloat16), base[1], tmp_path)
+    for part in ("model.language_model.layers.4", "model.language_model.embed_tokens"):
+        other = load_tiny()
+        for weight in other.get_submodule(part).parameters():
+            weight.data += 0.1 * weight.std() * torch.randn_like(weight)
+        with pytest.raises(ValueError, match="another model"):
+            LiveEdit.from_pretrained(other, base[1], tmp_path)
+        assert not other._forward_pre_hooks and all(p.requires_grad for p in other.parameters())
+
+
+def test_a_new_editor_takes_the_place_of_one_that_nobody_holds(base, tmp_path):
+    editor = strong_editor(*base)
+    inputs = editor.encode(picture(), QUESTIONS[0])
+    original = logits_of(editor, inputs)
+    editor.edit_many(questions(2))
+    edited = logits_of(editor, inputs)
+    with pytest.warns(UserWarning, match="detached"):
+        strong_editor(*base)
+    assert_same(logits_of(editor, inputs), original)
+    with pytest.raises(RuntimeError, match="is detached"):
+        editor.edit_many(questions(1))
+    with pytest.warns(UserWarning, match="detached"):
+        editor.attach()
+    assert_same(logits_of(editor, inputs), edited)
+    editor.detach()
+    assert all(parameter.requires_grad for parameter in base[0].parameters())
 
 
 def test_experts_alone_travel_to_the_same_editor_and_to_no_other(base, tmp_path):
@@ -918,9 +943,9 @@ def test_the_last_question_of_a_chat_is_routed_as_if_asked_alone(base, side, mon
     long = " ".join([third] * 4)
     single = chat_inputs(processor, images, [[edited], [long]], side)
     chat = chat_inputs(processor, images, [[other, third, edited], [long]], side)
-    for ids, prompt in zip(
-        chat["input_ids"], editor._format.masks_of(chat, editor.model.device).prompt, strict=True
-    ):
+    alone = editor._format.asked_alone(chat)
+    masks = editor._format.masks_of(alone, editor.model.device)
+    for ids, prompt in zip(alone["input_ids"], masks.prompt, strict=True):
         asked = processor.tokenizer.decode(ids[prompt]).strip()
         assert asked in (f"{edited} ASSISTANT:", f"{long} ASSISTANT:")
     routes, route = [], editor.router.route
@@ -965,11 +990,12 @@ def test_chats_are_recognised_by_the_template(base, monkeypatch):
     editor.detach()
     of_words = "{% for m in messages %}{{ ' Human: ' if m['role'] == 'user' else ' Bot: ' }}"
     of_words += "{{ m['content'][0]['text'] }}{% endfor %}"
-    openings = {CHATML: "<|user|>", of_words: " Human:", "{{ raise_exception('no') }}": ""}
+    openings = {CHATML: ["<|user|>", "<|assistant|>"], of_words: [" Human:", " Bot:"]}
+    openings["{{ raise_exception('no') }}"] = ["", ""]
     for template, opening in openings.items():
         monkeypatch.setattr(processor, "chat_template", template)
         editor = strong_editor(model, processor)
-        assert processor.tokenizer.decode(editor._format.turn_opening) == opening
+        assert [processor.tokenizer.decode(o) for o in editor._format._openings[1:]] == opening
         editor.detach()
 
 
@@ -992,12 +1018,18 @@ def test_prompt_styles_and_lists(base):
 # -------------------------------------------------------------------------------------- training
 
 
-def training_batch(editor, cached=True):
+def training_set(editor, experts=3, cached=True, samples=4) -> run.TrainingSet:
+    options = SimpleNamespace(batch_size=3, expert_batch_size=experts, seed=0)
     limit, run.CACHE_BYTES = run.CACHE_BYTES, 2**30 if cached else 0
-    training_set = run.TrainingSet(editor, data.drawn_training(4, seed=5), 128)
+    made = run.TrainingSet(editor, drawn.drawn_training(samples, seed=5), options)
     run.CACHE_BYTES = limit
-    assert (training_set.states is not None) == cached
-    return training_set.batch([2, 0, 3])
+    assert bool(made.kept) == cached
+    return made
+
+
+def training_batch(editor):
+    triple, texts = training_set(editor).capture([2, 0, 3])
+    return [triple], texts
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
@@ -1014,103 +1046,108 @@ def test_training_reaches_all_of_the_editor_and_nothing_of_the_model(base, simil
     assert editor.trained_steps == 2
 
 
-def test_cached_states_train_like_fresh_ones(base):
+def test_cached_states_train_like_fresh_ones_whenever_a_step_is_taken(base):
     editor, losses = strong_editor(*base), []
     for cached in (True, False):
-        batch = training_batch(editor, cached=cached)
+        samples = training_set(editor, 2, cached, samples=8)
+        for step in (2, 0, 2):
+            batch = samples.batch(step)
         torch.manual_seed(3)
         losses.append(editor.training_losses(*batch))
     for name, value in losses[0].items():
         assert value.item() == pytest.approx(losses[1][name].item(), rel=1e-3, abs=1e-4), name
 
 
+def test_a_batch_of_triples_contradicts_nowhere_and_all_make_experts(base):
+    editor, seen = strong_editor(*base), []
+    samples = training_set(editor, 2, samples=60)
+    samples.joined, capture = 3, samples.capture
+    samples.kept = [(chosen, None) for chosen in samples.triples]  # to see which are taken
+    for step in range(2 * len(samples.triples)):
+        triples, _ = samples.batch(step)
+        assert len(triples) == 3 == len({tuple(chosen) for chosen in triples})
+        chosen = [samples.samples[i] for triple in triples for i in triple]
+        facts = {sample.edit.fact for sample in chosen}
+        assert len(facts) == 6 and not any(facts & s.untouched_facts() for s in chosen)
+        seen.append(tuple(triples[0]))
+    assert sorted(seen) == sorted(2 * [tuple(chosen) for chosen in samples.triples])
+    edits, generality, locality = capture(samples.triples[0])[0]
+    for i, number in enumerate(samples.triples[0]):
+        target = editor.processor.decode(edits.labels[i][edits.labels[i] >= 0])
+        assert target.replace("</s>", "").strip() == samples.samples[number].edit.target
+        same = generality.labels[i][generality.labels[i] >= 0]
+        assert same.tolist() == edits.labels[i][edits.labels[i] >= 0].tolist()
+    assert not torch.equal(locality.hidden[:, :9], edits.hidden[:, :9])
+
+
 def test_editing_losses_are_the_models_own_and_a_kl_divergence(base):
     editor = strong_editor(*base)
-    states, role, _, _ = training_batch(editor)
-    silent = editor._editing_losses(states.hidden, states, role, 3)
+    (triple,), _ = training_batch(editor)
+    scores, kept = torch.zeros(3, 3, 3), torch.ones(3, 3, 3).bool()
+    weight = editor.norm.weight.detach().clone()
+    editor.norm.weight.data *= 0  # silent experts
+    silent = editor._editing_losses(triple, scores, kept)
+    editor.norm.weight.data = weight
     assert silent["locality"].item() == pytest.approx(0, abs=1e-5)
     with editor.disabled():
-        samples = [data.drawn_training(4, seed=5)[i].edit for i in (2, 0, 3)]
+        samples = [drawn.drawn_training(4, seed=5)[i].edit for i in (2, 0, 3)]
         own = [editor.model(**editor.encode(*run.question(edit))).loss.item() for edit in samples]
     assert silent["reliability"].item() == pytest.approx(sum(own) / 3, rel=1e-4)
-    shifted = states.hidden + torch.randn_like(states.hidden)
-    noisy = editor._editing_losses(shifted, states, role, 3)
-    # KL( base || edited ): mean over a row's tokens, sum over rows, mean over the edits.
+    # KL( base || edited ): mean over a row's tokens, then over the edits.
+    noisy = editor._editing_losses(triple, scores, kept)["locality"].item()
+    states, (U, V) = triple[2], editor._experts_of(triple[0])
+    shares = torch.full((3, 3), 1 / 6)  # sigmoid(0) of a third each
+    edited = states.hidden + apply_experts(editor.norm(states.hidden), U, V, shares)
     row = states.masks.answer.nonzero()[:, 0]
-    old, new = (editor.frozen.upper(h, states).log_softmax(-1) for h in (states.hidden, shifted))
+    old, new = (editor.frozen.upper(h, states).log_softmax(-1) for h in (states.hidden, edited))
     kl = F.kl_div(new, old, log_target=True, reduction="none").sum(-1)
-    expected = sum(kl[row == r].mean().item() for r in range(len(role)) if role[r] == LOCALITY) / 3
-    assert noisy["locality"].item() == pytest.approx(expected, rel=1e-4)
+    expected = sum(kl[row == r].mean().item() for r in range(3)) / 3
+    assert noisy == pytest.approx(expected, rel=1e-4)
 
 
-def test_experts_of_the_first_edits_train_as_alone_while_all_edits_train_the_router(base):
+def test_experts_of_the_first_triple_train_as_alone_while_all_train_the_router(base):
     editor, losses = strong_editor(*base), []
-    states, role, owner, texts = training_batch(editor)
-    first = (owner < 2).nonzero().flatten()
-    alone = (states.select(first), role[first], owner[first], texts)
-    for batch, experts in ((alone, None), ((states, role, owner, texts), 2)):
+    samples = training_set(editor, 2)
+    triples = [samples.capture(chosen)[0] for chosen in ([2, 0], [3, 1])]
+    for batch in (triples[:1], triples):
         torch.manual_seed(3)
-        losses.append(editor.training_losses(*batch, expert_batch_size=experts))
+        losses.append(editor.training_losses(batch))
     for name in ("reliability", "generality", "locality"):
         assert losses[1][name].item() == pytest.approx(losses[0][name].item(), rel=1e-4), name
     assert losses[1]["filter"] > losses[0]["filter"] + 0.01
 
 
 def test_training_mixes_the_experts_that_the_filter_keeps_and_in_scope_the_own(base, monkeypatch):
-    editor, losses, rows = strong_editor(*base), {}, []
+    editor, losses, calls = strong_editor(*base), {}, []
     upper = editor.frozen.upper
-
-    def counted(hidden, states):
-        rows.append(len(hidden))
-        return upper(hidden, states)
-
-    monkeypatch.setattr(editor.frozen, "upper", counted)
-    states, role, owner, texts = training_batch(editor)
-    in_scope = int((role != LOCALITY).sum())
-    for threshold, reached in ((1.0, [in_scope]), (-1.0, [in_scope] + 2 * [len(role) - in_scope])):
+    monkeypatch.setattr(editor.frozen, "upper", lambda *a: calls.append(1) or upper(*a))
+    batch = training_batch(editor)
+    for threshold, passes in ((1.0, 2), (-1.0, 4)):  # untouched rows need no pass
         editor.router.threshold = threshold
-        rows.clear()
-        losses[threshold] = editor.training_losses(states, role, owner, texts)
-        assert rows == reached
+        calls.clear()
+        losses[threshold] = editor.training_losses(*batch)
+        assert len(calls) == passes
     assert losses[1.0]["locality"] == 0 < losses[-1.0]["locality"]
     assert losses[1.0]["reliability"] != losses[-1.0]["reliability"]
 
 
 def test_what_cannot_be_trained_is_refused(base):
     editor = strong_editor(*base)
-    states = editor.capture([*questions(2), *questions(2)])
-    roles, owner = torch.tensor([EDIT, EDIT, GENERALITY, GENERALITY]), torch.tensor([0, 1, 0, 1])
-    losses = editor.training_losses(states, roles, owner)
-    assert losses["locality"].item() == 0 and losses["reliability"].item() > 0
+    one, two = editor.capture(questions(1)), editor.capture(questions(2))
+    text = editor.capture([(None, TEXT, "7")] * 2)
     refused = [
-        ("two edits", states, torch.tensor([EDIT, LOCALITY, LOCALITY, LOCALITY]), owner),
-        ("order of owner", states, roles, owner.flip(0)),
-        ("role may hold", states, roles + torch.tensor([0, 0, 2, 0]), owner),
-        ("above=False", editor.capture([*questions(2), *questions(2)], above=False), roles, owner),
+        ("two edits", (one, one, one)),
+        ("as many", (two, two, one)),
+        ("as many", (two, two)),
+        ("without an image", (two, two, text)),
+        ("above=False", (editor.capture(questions(2), above=False),) * 3),
     ]
-    for message, *arguments in refused:
+    for message, triple in refused:
         with pytest.raises(ValueError, match=message):
-            editor.training_losses(*arguments)
-    with pytest.raises(ValueError, match="expert_batch_size"):
-        editor.training_losses(states, roles, owner, expert_batch_size=0)
+            editor.training_losses([triple])
     editor.edit_many(questions(1))
     with pytest.raises(RuntimeError, match="reset"):
-        editor.training_losses(states, roles, owner)
-
-
-def test_states_that_do_not_fit_together_are_refused(base):
-    model = load_tiny(attn_implementation="sdpa")
-    editor = strong_editor(model, base[1])
-    long, short = (picture(), "What shape is this?", "heart"), (picture(), "Hm?", "a")
-    alone, padded = editor.capture([long]), editor.capture([long, short])
-    assert alone.hidden.shape[1] == padded.hidden.shape[1]  # without padding sdpa needs no mask
-    with pytest.raises(ValueError, match="NoneType and Tensor"):
-        States.concat([alone, padded])
-    with pytest.raises(ValueError, match="lengths"):
-        States.concat([alone, editor.capture([short])])
-    flexible = strong_editor(load_tiny(attn_implementation="flex_attention"), base[1])
-    with pytest.raises(ValueError, match="BlockMask"):
-        flexible.capture(questions(2)).select(torch.tensor([1, 0]))
+        editor.training_losses([(two, two, two)])
 
 
 def gradient_of(editor: LiveEdit, scale: float) -> torch.Tensor:
@@ -1147,7 +1184,7 @@ def trained(base, tmp_path_factory):
     torch.manual_seed(0)
     config = LiveEditConfig(layer=2, module_dim=128, sentinel_tokens=36, **run.SMALL_EDITOR)
     editor = LiveEdit(*base, config)
-    samples = data.drawn_samples(48, data.split_scenes()[0], "test", held_out=False)
+    samples = drawn.drawn_samples(48, drawn.split_scenes()[0], "test", held_out=False)
     options = run.parse_options(["--out", str(tmp_path_factory.mktemp("trained"))])
     few = {"train_steps": 150, "batch_size": 12, "learning_rate": 3e-3}
     for name, value in (run.SMALL | few).items():
@@ -1160,9 +1197,9 @@ def trained(base, tmp_path_factory):
 
 def test_standardise_fits_each_norm_to_the_rows_that_it_reads(base):
     editor = LiveEdit(*base, LiveEditConfig(layer=2, module_dim=32, sentinel_tokens=4))
-    edits = [run.question(sample.edit) for sample in data.drawn_training(12, 0)]
+    edits = [run.question(sample.edit) for sample in drawn.drawn_training(12, 0)]
     states = editor.capture(edits, above=False)
-    editor.standardise(states)
+    editor.standardise([states])
     image, prompt, answer = states.masks
     read = [(editor.norm, image | prompt | answer)]
     read.append((editor.generator.norm_U, image | prompt | answer))
@@ -1174,10 +1211,10 @@ def test_standardise_fits_each_norm_to_the_rows_that_it_reads(base):
         assert_close(normed.mean(0), torch.zeros(128), 1e-3)
         assert_close(normed.std(0), torch.ones(128), 1e-2)
     with pytest.raises(ValueError, match="image, prompt and answer"):
-        editor.standardise(editor.capture([Question(None, TEXT, "7")], above=False))
+        editor.standardise([editor.capture([Question(None, TEXT, "7")], above=False)])
     editor.trained_steps = 1
     with pytest.raises(RuntimeError, match="trained"):
-        editor.standardise(states)
+        editor.standardise([states])
 
 
 def test_ten_edits_hold_spread_and_leave_the_rest(trained):
@@ -1192,7 +1229,7 @@ def test_ten_edits_hold_spread_and_leave_the_rest(trained):
         with editor.disabled():
             before = run.answer(editor, queries, 20, 128)
         triples = zip(queries, before, after, strict=True)
-        shares[name] = sum(run.score(name, *triple)[0] for triple in triples) / 10
+        shares[name] = sum(data.score(name, *triple)[0] for triple in triples) / 10
     editor.reset()
     assert shares["reliability"] > 0.9 and min(shares.values()) > 0.7, shares
 
@@ -1345,7 +1382,7 @@ def test_the_laws_hold_for_each_family(family):
     original = logits_of(editor, inputs)
     edits = [(picture(i), f"question {i}", "answer") for i in range(3)]
     made = editor.edit_inputs(inputs, edits)
-    assert editor._thread.embedded is None, "embedding an answer counts as a call of the model"
+    assert editor.frozen._noted.embedded is None, "embedding an answer counts as a call"
     states = editor.capture_inputs(inputs, above=False)
     embedded = model.get_input_embeddings()(inputs["labels"][:, -3:].flatten())
     used = states.masks.image | states.masks.prompt | states.masks.answer
@@ -1365,7 +1402,9 @@ def test_the_laws_hold_for_each_family(family):
     prompt, settings = prompt_of(inputs), {"max_new_tokens": 5, "min_new_tokens": 5}
     settings["do_sample"] = False
     cached = model.generate(**prompt, **settings)[:, -5:]
-    assert_same(cached, model.generate(**prompt, **settings, use_cache=False)[:, -5:])
+    if name != "blip-2":  # which always has one
+        with pytest.raises(RuntimeError, match="without a KV cache and a chat template"):
+            model.generate(**prompt, **settings, use_cache=False)
     for row in range(3):
         alone = model.generate(**row_of(name, prompt, row), **settings)[:, -5:]
         assert_same(alone[0], cached[row])
@@ -1384,17 +1423,14 @@ def test_the_laws_hold_for_each_family(family):
 def test_training_sees_the_very_model_in_each_family(family):
     name, model = family
     editor = strong_editor(model, None, module_dim=32)
-    batches = [prepared(name, rows) for rows in (3, 1, 5)]
-    with torch.no_grad():
-        own = [answers_of(inputs, logits_of(editor, inputs)) for inputs in batches]
-        states = States.concat([editor.capture_inputs(inputs) for inputs in batches])
-        assert_close(editor.frozen.upper(states.hidden, states), torch.cat(own), 1e-5)
-        order = torch.tensor([8, 3, 0, 3])
-        part = states.select(order)
-        expected = torch.cat(own).view(9, 3, -1)[order].flatten(0, 1)
-        assert_close(editor.frozen.upper(part.hidden, part), expected, 1e-5)
-    owner, role = torch.arange(3).repeat(3), torch.arange(3).repeat_interleave(3)
-    losses = editor.training_losses(states, role, owner)
+    triple = []
+    for _ in range(3):
+        inputs = prepared(name, 3)
+        with torch.no_grad():
+            own = answers_of(inputs, logits_of(editor, inputs))
+            triple.append(editor.capture_inputs(inputs))
+            assert_close(editor.frozen.upper(triple[-1].hidden, triple[-1]), own, 1e-5)
+    losses = editor.training_losses([tuple(triple)])
     losses["total"].backward()
     for key, parameter in editor.named_parameters():
         if key != "router.log_scale":
@@ -1531,10 +1567,10 @@ def test_encode_follows_the_processors_of_other_families(name, tmp_path):
     other["input_ids"][0, -2] = 77  # another last token of the answer
     a, b = logits_of(editor, alone[0]), logits_of(editor, other)
     assert_same(a[0, first : first + 1], b[0, first : first + 1])
-    states = editor.capture(asked, batch_size=1)
+    states = editor.capture(asked)
     with editor.disabled():
-        own = [answers_of(inputs, logits_of(editor, inputs)) for inputs in alone]
-    assert_close(editor.frozen.upper(states.hidden, states), torch.cat(own), 5e-3)
+        own = answers_of(together, logits_of(editor, together))
+    assert_close(editor.frozen.upper(states.hidden, states), own, 5e-3)
     if name == "blip-2":
         return  # its forward cannot do without pictures
     text = editor.encode(None, TEXT, "seven")
@@ -1545,9 +1581,9 @@ def test_encode_follows_the_processors_of_other_families(name, tmp_path):
 
 def test_layer_outputs_as_tensor_and_as_tuple():
     hidden, other = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
-    assert liveedit.hidden_of(hidden) is hidden and liveedit.hidden_of((hidden, 1)) is hidden
-    assert liveedit.with_hidden(hidden, other) is other
-    assert liveedit.with_hidden((hidden, 1), other) == (other, 1)
+    assert backbone.hidden_of(hidden) is hidden and backbone.hidden_of((hidden, 1)) is hidden
+    assert backbone.with_hidden(hidden, other) is other
+    assert backbone.with_hidden((hidden, 1), other) == (other, 1)
 
 
 def edit_and_answer(model, processor) -> torch.Tensor:
@@ -1620,21 +1656,22 @@ def ask_with(change):
     return call
 
 
-def load_with(file: str, change):
-    """Load a saved editor one of whose files was changed."""
+def load_with(change):
+    """Load a saved editor whose file was changed."""
 
     def call(h, folder):
         h.save_pretrained(folder)
-        path = folder / file
+        path = folder / liveedit.EDITOR_FILE
+        assert change(path.read_bytes()) != path.read_bytes()
         path.write_bytes(change(path.read_bytes()))
         LiveEdit.from_pretrained(load_tiny(), h.processor, folder)
 
     return call
 
 
-CONFIG, NETWORKS, EXPERTS = liveedit.CONFIG_FILE, liveedit.NETWORKS_FILE, liveedit.EXPERTS_FILE
 DAMAGES = (lambda b: b"", lambda b: b[:100], lambda b: b[:-100], lambda b: b"\xff" * 999)
 DAMAGES += (lambda b: b[:-9] + bytes(9),)  # whole, but not as it was saved
+DAMAGES += (lambda b: b[:-90_000] + bytes(8) + b[-89_992:],)
 SETTINGS = ("module_dim", "rank", "slots", "heads", "sentinel_tokens")
 CONFIG_VALUES = {
     **dict.fromkeys(SETTINGS, NO_COUNTS),
@@ -1653,8 +1690,7 @@ LAST = (
     (picture(), "What?", " "),
     ("cat", "W", "x"),
 )
-CHANGED = {b'"rank": 4': b'"rank": 8', b'"gain": 8.0': b'"gain": 1.0'}
-CHANGED |= {b'"format": 4': b'"format": 1', b'"layers": 6': b'"layers": 9'}
+CHANGED = {b'rank\\": 4': b'rank\\": 8', b'gain\\": 8.0': b'gain\\": 1.0'}
 CHANGES = {
     "no inputs": (lambda i: None, "input_ids"),
     "no labels": (lambda i: i | {"labels": None}, "labels"),
@@ -1699,11 +1735,18 @@ for key, values in CONFIG_VALUES.items():
 for what, (change, named) in CHANGES.items():
     HOSTILE.append((what, FOLDER, ask_with(change), named))
 for old, new in CHANGED.items():
-    changed = load_with(CONFIG, lambda content, old=old, new=new: content.replace(old, new))
+    changed = load_with(lambda content, old=old, new=new: content.replace(old, new))
     HOSTILE.append((f"saved {old}", FOLDER, changed, "does not load"))
-for file in (CONFIG, NETWORKS, EXPERTS):
-    for i, damage in enumerate(DAMAGES):
-        HOSTILE.append((f"{file} {i}", FOLDER, load_with(file, damage), "does not load"))
+for i, damage in enumerate(DAMAGES):
+    HOSTILE.append((f"damage {i}", FOLDER, load_with(damage), "does not load"))
+
+
+def load_older(h, folder):
+    (folder / "liveedit_config.json").touch()
+    LiveEdit.from_pretrained(h.model, h.processor, folder)
+
+
+HOSTILE.append(("saved by an older version", FOLDER, load_older, "older version"))
 
 
 def everything_of(editor: LiveEdit) -> list:
@@ -1745,27 +1788,27 @@ def scene_of(query: data.Query):
 
 
 def test_the_drawn_benchmark_keeps_its_promises():
-    training, stream = data.drawn_training(1500, 0), data.drawn_stream(500, 0)
+    training, stream = drawn.drawn_training(1500, 0), drawn.drawn_stream(500, 0)
     seen, tested = (
         {scene_of(query) for sample in part for query in sample.queries.values()} - {None}
         for part in (training, stream)
     )
     assert not seen & tested, "a scene of the evaluation is in training"
-    held_out = {p for phrases in data.PHRASINGS.values() for p in phrases[-data.HELD_OUT :]}
+    held_out = {p for phrases in drawn.PHRASINGS.values() for p in phrases[-drawn.HELD_OUT :]}
     asked = {query.prompt for s in training for query in s.queries.values()}
     assert not held_out & asked
-    assert set(data.OTHER_QUESTIONS) < asked
+    assert set(drawn.OTHER_QUESTIONS) < asked
     trained = {word.lower() for s in training for word in s.edit.target.split()}
     new = [s.edit.target for s in stream if s.kind == "open"]
     letters = [word.lower() for target in new for word in target.split() if word.isalpha()]
     assert {word for word in letters if word in trained} <= set("a the of and in with my".split())
-    texts = [phrase for phrases in data.PHRASINGS.values() for phrase in phrases]
-    texts += [text for question in data.text_questions() for text in question]
+    texts = [phrase for phrases in drawn.PHRASINGS.values() for phrase in phrases]
+    texts += [text for question in drawn.text_questions() for text in question]
     read = set(re.findall(r"[a-z]+", " ".join(texts).lower()))
-    assert not {word.lower() for word in data.HELD_OUT_WORDS} & (read | set(data.TRAINING_WORDS))
+    assert not {word.lower() for word in drawn.HELD_OUT_WORDS} & (read | set(drawn.TRAINING_WORDS))
     rng = random.Random(0)
     for new in (True, False):
-        for text in [data.open_target(rng, new) for _ in range(2000)]:
+        for text in [drawn.open_target(rng, new) for _ in range(2000)]:
             digits = [int(sign) for sign in text if sign.isdigit()]
             assert not digits or (sum(digits) % 10 == 7) == new, text
     edited = [sample.edit.fact for sample in stream]
@@ -1782,13 +1825,13 @@ def test_the_drawn_benchmark_keeps_its_promises():
         assert scene_of(q["similar_image"]).differences(scene) == 1
         assert scene_of(q["modal_locality"]).differences(scene) == 3
         assert q["no_image"].prompt == q["similar_image"].prompt == sample.edit.prompt
-    assert data.drawn_stream(30, 3) == data.drawn_stream(30, 3) != data.drawn_stream(30, 4)
+    assert drawn.drawn_stream(30, 3) == drawn.drawn_stream(30, 3) != drawn.drawn_stream(30, 4)
     with pytest.raises(ValueError, match="lack room"):
-        data.drawn_stream(5000, 0)
+        drawn.drawn_stream(5000, 0)
 
 
 def test_batches_contradict_nowhere_and_use_all_samples():
-    samples, seen = data.drawn_training(2500, 0), set()
+    samples, seen = drawn.drawn_training(2500, 0), set()
     batches = data.consistent_batches(samples, 32, random.Random(0))
     for _ in range(120):
         batch = next(batches)
@@ -1842,9 +1885,6 @@ def test_published_benchmarks_are_read_as_they_are(tmp_path, name):
     assert prompts["reliability"] == "What is it?" + " The answer is:" * (name == "evqa")
     assert not any("The answer is:" in query.prompt for query in plain.queries.values())
     assert data.check_pictures([plain]) == 3
-    (left,), count = data.without_leaks([plain], [plain])
-    assert count == len(plain.queries) - len(left.queries) > 0
-    assert not set(left.queries) & set(data.LOCALITY_QUERIES)
 
 
 MALFORMED = [
@@ -1873,45 +1913,46 @@ def test_benchmark_files_that_are_missing_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="vqa_eval.json"):
         data.benchmark_files("evqa", tmp_path)
     root = published(tmp_path, "vlkeb", [RECORD])
-    with pytest.raises(FileNotFoundError, match="--image-root"):
-        data.benchmark_files("vlkeb", root, tmp_path / "nowhere")
-    by_file = data.benchmark_files(str(root / "eval.json"), image_root=root / "VLKEB_images")
-    assert by_file == data.benchmark_files("vlkeb", root)
+    with pytest.raises(FileNotFoundError, match="no image folder"):
+        data.benchmark_files(str(root / "eval.json"))
+    (root / "images").symlink_to(root / "VLKEB_images")
+    by_file = data.benchmark_files(str(root / "eval.json"))
+    assert by_file[:2] == data.benchmark_files("vlkeb", root)[:2]
 
 
 # --------------------------------------------------------------------------- metrics, the main job
 
 
 def test_metrics_are_their_definitions():
-    assert run.normalise("  A Red, star. ") == "red star"
-    assert run.token_accuracy([1, 2, 3], [1, 5, 3]) == pytest.approx(2 / 3)
+    assert data.normalise("  A Red, star. ") == "red star"
+    assert data.token_accuracy([1, 2, 3], [1, 5, 3]) == pytest.approx(2 / 3)
     query = data.Query(None, "?", "the heart", ())
-    before = run.Answer([4, 5], [7, 8], "Star", {})
-    after = run.Answer([4, 8], [7, 8], "Heart!", {})
-    same = run.Answer([4, 5], [7, 8], "a star", {})
-    assert run.score("reliability", query, before, after) == (0.5, 1.0)
-    assert run.score("same_image", query, before, after) == (0.5, 0.0)
-    assert run.score("same_image", query, before, same) == (1.0, 1.0)
+    before = data.Answer([4, 5], [7, 8], "Star", {})
+    after = data.Answer([4, 8], [7, 8], "Heart!", {})
+    same = data.Answer([4, 5], [7, 8], "a star", {})
+    assert data.score("reliability", query, before, after) == (0.5, 1.0)
+    assert data.score("same_image", query, before, after) == (0.5, 0.0)
+    assert data.score("same_image", query, before, same) == (1.0, 1.0)
 
 
 def test_the_update_stream_counts_what_it_says(base, trained, monkeypatch):
     """Of two updates one is answered by the newest, the other by the old answer."""
     editor, _ = trained
     editor.attach()
-    stream = data.drawn_stream(10, 0)
+    stream = drawn.drawn_stream(10, 0)
     updates = drawn_updates(stream[:8], 2, 0)
     right, wrong = updates[0].sample, updates[1].sample
 
     def answer(editor, queries, longest, batch_size):
         ids = [edit.id for edit in editor.edits()]
-        said = [run.Answer([], [], "x", {i: 1.0}) for i in ids]
-        said[right] = said[8] = run.Answer([], [], updates[0].edit.target, {ids[8]: 1.0})
-        said[wrong] = said[9] = run.Answer([], [], stream[wrong].edit.target, {ids[wrong]: 1.0})
+        said = [data.Answer([], [], "x", {i: 1.0}) for i in ids]
+        said[right] = said[8] = data.Answer([], [], updates[0].edit.target, {ids[8]: 1.0})
+        said[wrong] = said[9] = data.Answer([], [], stream[wrong].edit.target, {ids[wrong]: 1.0})
         said[3 if 3 not in (right, wrong) else 4].used = {ids[right]: 1.0}
         return said
 
     options = run.parse_options(["--eval-batch-size", "8"])
-    found = run.evaluate_updates(editor, stream, options, answer)
+    found = evaluate_updates(editor, stream, options, answer)
     editor.reset()
     for update in updates:
         old, (scene, family) = stream[update.sample].edit, update.edit.fact
@@ -1936,17 +1977,14 @@ def refusal(capsys, *arguments: str) -> str:
 
 FEW = ["--train-samples", "20", "--edits", "5"]
 WRONG = [
-    (["--edits", "0"], "--edits must be at least 1"),
-    (["--rank", "0"], "--rank must be at least 1"),
+    (["--edits", "0"], "--edits: '0' is no number from 1"),
+    (["--rank", "two"], "--rank: 'two' is no number from 1"),
     (["--edit", "5"], "unrecognized"),
     (["--dtype", "float17"], "--dtype"),
-    (["--learning-rate", "-1"], "--learning-rate"),
-    (["--exclude-leaks"], "need --data"),
-    (["--image-root", "x"], "need --data"),
     (["--prompt-style", "official"], "needs --data"),
     (["--editor", "output/editor"], "would overwrite"),
     (["--editor", "x", "--similarity", "dot"], "belongs to a training"),
-    (["--editor", "x", "--resume"], "choose one"),
+    (["--editor", "x", "--resume"], "belongs to a training"),
     (["--resume", "--out", "nowhere"], "no training to resume"),
     (["--device", "abacus"], "abacus"),
     (["--model", "/no/such/folder"], "/no/such/folder"),
@@ -1954,12 +1992,11 @@ WRONG = [
     (["--editor", "/no/such/folder"], "no saved editor"),
     (["--edits", "5000"], "lack room"),
     (["--layer", "9", *FEW], "0 to 5"),
-    (["--expert-batch-size", "129", *FEW], "more than a batch of 128"),
     (["--out", "README.md", *FEW], "README.md"),
     ([*FEW, "--learning-rate", "1e30", "--batch-size", "4", "--out"], "lower --learning-rate"),
 ]
 if not torch.cuda.is_available():
-    WRONG.append((["--device", "cuda"], "--device cuda cannot be used here"))
+    WRONG.append((["--device", "cuda"], "--device cuda"))
 
 
 @pytest.mark.parametrize("arguments, message", WRONG)
@@ -2004,7 +2041,8 @@ def test_the_main_job_writes_what_it_promises(small_run):
 
 
 def test_results_are_kept_where_the_edits_cannot_be_saved(small_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(LiveEdit, "save_pretrained", Mock(side_effect=OSError("no space left")))
+    full = Mock(side_effect=[None, OSError("no space left")])
+    monkeypatch.setattr(LiveEdit, "save_pretrained", full)
     run.main(["--edits", "5", "--editor", str(small_run / "editor"), "--out", str(tmp_path)])
     assert "the edits were not saved: no space left" in capsys.readouterr().err
     assert metrics_of(tmp_path)["rows"][-1]["edits"] == 5
@@ -2180,11 +2218,11 @@ def test_the_tiny_llava_speaks_any_text_is_small_and_answers(base):
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 8_000_000
     assert sum(file.stat().st_size for file in (TINY / "editor").iterdir()) < 2_000_000
     editor, queries, rng = strong_editor(*base), [], random.Random(0)
-    for scene in rng.sample(data.SCENES, 60):
-        for family in data.FAMILIES:
-            prompt = rng.choice(data.PHRASINGS[family])
-            queries.append(data.Query(data.Drawing(scene, 77), prompt, scene.answer(family), ()))
+    for scene in rng.sample(drawn.SCENES, 60):
+        for family in drawn.FAMILIES:
+            prompt = rng.choice(drawn.PHRASINGS[family])
+            queries.append(data.Query(drawn.Drawing(scene, 77), prompt, scene.answer(family), ()))
     answers = run.answer(editor, queries, 20, 128)
     pairs = zip(answers, queries, strict=True)
-    right = [run.normalise(a.generated) == run.normalise(q.target) for a, q in pairs]
+    right = [data.normalise(a.generated) == data.normalise(q.target) for a, q in pairs]
     assert sum(right) / len(right) > 0.95, f"only {sum(right)} of {len(right)} right"

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import ImageFile
 from liveedit import LiveEdit
-from run import load_model
+from run import load_model, set_up_process
 
 
 def main() -> None:
@@ -28,6 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--dtype", default="auto", help="of the model")
     given = parser.parse_args()
+    set_up_process()
     try:
         picture = ImageFile(given.image).open() if given.image else None
         model, processor = load_model(given.model, given.device, given.dtype)

@@ -9,7 +9,8 @@ import random
 from dataclasses import replace
 from typing import NamedTuple
 
-from data import SCENES, EditSample, Query, Shares, edit_target
+from data import EditSample, Query
+from drawn import SCENES, Shares, edit_target
 
 SHARES = Shares(open=0.0, novel_names=0.0)
 UPDATE_FORMS = {
