@@ -392,26 +392,41 @@ class InputFormat:
         self.image_tokens = {self.image_token, str(named), str(own or named)}
 
     def encode(
-        self, images: Sequence, prompts: Sequence, targets: Sequence | None, spare: int = 0
+        self,
+        images: Sequence,
+        prompts: Sequence,
+        targets: Sequence | None,
+        before: Sequence | None = None,
+        spare: int = 0,
     ) -> dict:
         """Encode questions that all have an image or all have none; see `LiveEdit.encode`.
 
+        before: for each question, the (image, prompt, answer) said before it in the same chat.
         spare: so many tokens more must fit into the model.
         """
         if self.tokenizer is None:
             raise RuntimeError("this editor has no processor: use edit_inputs and capture_inputs")
-        prompts = [self.checked_text(prompt, "prompt") for prompt in prompts]
-        pictures = [checked_picture(image) for image in images if image is not None]
-        if pictures and len(pictures) < len(prompts):
+        texts, pictures = [], []
+        for image, prompt, turns in zip(
+            images, prompts, before or [()] * len(prompts), strict=True
+        ):
+            said, shown = [], []
+            for picture, text, answer in (*turns, (image, prompt, None)):
+                said.append((self.checked_text(text, "prompt"), picture is not None))
+                if picture is not None:
+                    shown.append(checked_picture(picture))
+                if answer is not None:
+                    said.append((self.checked_text(answer, "answer"), False))
+            texts.append(self._chat_text(said))
+            pictures.append(shown)
+        if len({bool(shown) for shown in pictures}) > 1:
             raise ValueError("encode questions with images and without in two calls, not in one")
-        texts = [self._prompt_text(prompt, bool(pictures)) for prompt in prompts]
         settings = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         if self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token):
             settings["add_special_tokens"] = False  # the template has put them
-        if pictures:
+        if pictures[0]:
             # One list of pictures for each row: the form that all processors read alike.
-            rows = [[picture] for picture in pictures]
-            inputs = dict(self.processor(images=rows, text=texts, **settings))
+            inputs = dict(self.processor(images=pictures, text=texts, **settings))
             if not (inputs["input_ids"] == self.image_token_id).any(1).all():
                 name = type(self.processor).__name__
                 raise ValueError(f"{name} finds no place for an image in {texts[0][:80]!r}")
@@ -446,34 +461,37 @@ class InputFormat:
             raise ValueError(f"the {what} {text[:40]!r} holds half a letter: a lone surrogate")
         return text
 
-    def _prompt_text(self, question: str, has_image: bool) -> str:
-        """Render a question by the chat template, or as `<image>\\n{question} The answer is:`."""
+    def _chat_text(self, said: list[tuple[str, bool]]) -> str:
+        """Render questions and answers in turn, each with a picture or not, up to an answer.
+
+        By the chat template, or, a single question, as `<image>\\n{question} The answer is:`.
+        """
         if self.prompt_style == "chat" and getattr(self.processor, "chat_template", None):
-            text = self._rendered([question], has_image, add_generation_prompt=True)
+            text = self._rendered(said, add_generation_prompt=True)
             if text is None:
                 remedy = "set processor.chat_template = None, or use edit_inputs"
-                raise ValueError(f"the chat template does not render {question!r}; {remedy}")
+                raise ValueError(f"the chat template does not render {said[-1][0]!r}; {remedy}")
             return text
+        if len(said) > 1:
+            raise ValueError("without a chat template there are single questions only")
+        question, has_image = said[0]
         token = has_image and not self._processor_places_image_token
         end = " The answer is:" if self.prompt_style == "chat" else ""
         return f"{self.image_token}\n" * token + question + end
 
-    def _rendered(self, said: list[str], has_image: bool, **settings) -> str | None:
-        """Render a chat, the user's turn first; None if the template does not show what is said.
-
-        has_image: each turn has a picture; chats of several turns are rendered without.
-        """
+    def _rendered(self, said: list[tuple[str, bool]], **settings) -> str | None:
+        """Apply the chat template; None if it does not show what is said."""
         for as_parts in (True, False):  # most templates take a list of parts, old ones a string
             turns = []
-            for i, text in enumerate(said):
+            for i, (text, has_image) in enumerate(said):
                 parts = [{"type": "image"}] * has_image + [{"type": "text", "text": text}]
                 content = parts if as_parts else f"{self.image_token}\n" * has_image + text
                 turns.append({"role": ("user", "assistant")[i % 2], "content": content})
             with contextlib.suppress(Exception):  # of the template: it did not expect this form
                 rendered = rest = self.processor.apply_chat_template(turns, **settings)
-                for text in said:
+                for text, _ in said:
                     rest = rest.replace(text, "")
-                shown = all(text in rendered for text in said)
+                shown = all(text in rendered for text, _ in said)
                 if shown and "'type'" not in rest:  # not the list of parts as it prints
                     return rendered
         return None
@@ -554,7 +572,7 @@ class InputFormat:
         return bool((ids == self.image_token_id).any())
 
     def masks_of(self, inputs: dict, device: torch.device) -> RowMasks:
-        """Find the image, prompt and answer rows of single questions; see `asked_alone` for chats.
+        """Find the image, prompt and answer rows: of a chat, those of its last question.
 
         What follows the opening of the last answer is no prompt, whether or not labels mark it.
         Raises RuntimeError where nothing tells the prompt from what was generated.
@@ -562,13 +580,16 @@ class InputFormat:
         ids, mask, labels = self._per_token(inputs)
         special = torch.tensor(sorted(self._special_ids), device=ids.device)
         masks = row_masks(ids, mask, labels, self.image_token_id, special)
-        ends = [self._answer_begins(tokens) for tokens in _unanswered(ids, labels)]
-        if labels is None and inputs.get("use_cache") is False and ids.shape[1] + 1 in ends:
+        rows = _unanswered(ids, labels)
+        asked = torch.tensor([self._last_question(tokens) for tokens in rows], device=ids.device)
+        ends = torch.tensor([self._answer_begins(tokens) for tokens in rows], device=ids.device)
+        unknown = bool((ends > ids.shape[1]).any())
+        if labels is None and inputs.get("use_cache") is False and unknown:
             reason = "without a KV cache and a chat template, what was generated looks like prompt"
             raise RuntimeError(f"{reason}: generate with the cache, or pass labels")
-        before = torch.arange(ids.shape[1]) < torch.tensor(ends)[:, None]
-        prompt = masks.prompt & before.to(ids.device)
-        return RowMasks(*(m.to(device) for m in (masks.image, prompt, masks.answer)))
+        said = torch.arange(ids.shape[1], device=ids.device) >= ends[:, None]
+        found = masks.image & asked, masks.prompt & asked & ~said, masks.answer
+        return RowMasks(*(mask.to(device) for mask in found))
 
     def _per_token(self, inputs: dict) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Give input_ids, attention mask and labels, each (B, T)."""
@@ -641,7 +662,7 @@ class InputFormat:
         """
         pictures = self._shows_picture(torch.tensor(tokens)).nonzero().flatten().tolist()
         last = self._turns(tokens)[-1]
-        if not pictures:
+        if not pictures or self.tokenizer is None:
             return [True] * len(tokens)
         begin = end = pictures[-1]  # tiles and rows of one picture have only layout between them
         while begin and (begin - 1 in pictures or self._is_layout(tokens[begin - 1])):
@@ -677,7 +698,7 @@ class InputFormat:
         """The tokens that open a chat, a later question, and an answer; none if unknown."""
         chat = None
         if self.tokenizer is not None and self.prompt_style == "chat":
-            chat = self._rendered(["first", "second", "third"], has_image=False)
+            chat = self._rendered([(word, False) for word in ("first", "second", "third")])
         if chat is None:
             return [], [], []
         opening, rest = chat.split("first", 1)

@@ -95,6 +95,7 @@ class Question(NamedTuple):
     image: Image.Image | None
     prompt: str
     target: str | None = None
+    before: Sequence = ()  # the (image, prompt, answer) said before it in the same chat
 
 
 class Route(NamedTuple):
@@ -221,7 +222,7 @@ class LiveEdit(nn.Module):
         for name in self.experts.shapes:
             tensors[name] = torch.cat([experts[name] for experts in made])
         with self._lock:
-            for edit_id, (_, prompt, target) in enumerate(questions, start=self.experts.next_id):
+            for edit_id, (_, prompt, target, _) in enumerate(questions, self.experts.next_id):
                 edits.append(Edit(edit_id, prompt, target, now))
             self.experts.add(tensors, edits)
         return edits
@@ -371,29 +372,31 @@ class LiveEdit(nn.Module):
 
     # --------------------------------------------------------------------- the lower layers
 
-    def encode(self, image, prompt, target=None) -> dict:
+    def encode(self, image, prompt, target=None, before=None) -> dict:
         """Make model inputs for one question, or for lists of them, all with images or all without.
 
+        before: the (image, prompt, answer) of earlier turns of the same chat, a list for each.
         Prompts are padded on the left, as `generate` needs it. With targets, their tokens and the
         end of the answer follow, padded on the right, and `labels` mark them (-100 elsewhere).
         Raises TypeError or ValueError for what is no picture or text, an empty prompt or target, a
         prompt that holds the image token, and rows that are longer than the model can read.
         """
+        given = [image, prompt, target, before]
         if isinstance(prompt, str):
-            image, prompt, target = [image], [prompt], None if target is None else [target]
-        given = [image, prompt] if target is None else [image, prompt, target]
-        if not all(isinstance(values, (list, tuple)) for values in given):
+            given = [[image], [prompt], *(None if v is None else [v] for v in (target, before))]
+        lists = [values for i, values in enumerate(given) if i < 2 or values is not None]
+        if not all(isinstance(values, (list, tuple)) for values in lists):
             raise TypeError("encode takes one image, prompt and target, or a list of each")
-        if not prompt or len({len(values) for values in given}) > 1:
-            raise ValueError(f"encode takes lists of one length, not {[len(v) for v in given]}")
-        return self._format.encode(image, prompt, target)
+        if not given[1] or len({len(values) for values in lists}) > 1:
+            raise ValueError(f"encode takes lists of one length, not {[len(v) for v in lists]}")
+        return self._format.encode(*given)
 
     def capture(self, questions: Sequence, above: bool = True) -> States:
         """Run the frozen lower layers once for questions with targets, all with images or none.
 
         above: see `capture_inputs`.
         """
-        questions = list(questions)
+        questions = [Question(*question) for question in questions]
         if not questions:
             raise ValueError("capture needs at least one question")
         return self.capture_inputs(self.encode(*map(list, zip(*questions, strict=True))), above)
@@ -401,13 +404,14 @@ class LiveEdit(nn.Module):
     def capture_inputs(self, inputs: dict, above: bool = True) -> States:
         """Run the frozen lower layers once on inputs prepared elsewhere, with `labels`.
 
-        above: note too what the layers above are called with, which training needs. The first such
-        call replays these layers one by one and compares them with what the model itself does.
+        above: note too what the layers above are called with, which training needs; chats are then
+        kept whole. The first such call replays these layers one by one and compares them with what
+        the model itself does.
         Raises RuntimeError if the two differ: then training would see another model.
         """
         for name in ("input_ids", "labels"):
             self._tensor_of(inputs, name)
-        inputs = self._format.asked_alone(inputs)
+        inputs = inputs if above else self._format.asked_alone(inputs)
         hidden, calls = self.frozen.record(inputs, above)
         self._follow(hidden.device)
         masks = self._format.masks_of(inputs, hidden.device)

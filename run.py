@@ -318,6 +318,9 @@ class TrainingSet:
         self.facts = [(sample.edit.fact, sample.untouched_facts()) for sample in samples]
         self.size = options.expert_batch_size
         self.joined = options.batch_size // self.size  # triples of a batch
+        # Share of the triples whose generality queries are asked in a chat, behind another one: there
+        # later tokens of an answer are said from other states.
+        self.chats = 0.25 if options.data is None else 0.0
         self.epoch, self.triples, self.kept = 0, self._choose(0), []
         row = self.capture(self.triples[0])[0][0].hidden[0]
         if 3 * row.nbytes * len(samples) * 1.5 < CACHE_BYTES:
@@ -355,20 +358,24 @@ class TrainingSet:
 
     def capture(self, chosen: list[int]) -> tuple[Triple, Rows | None]:
         """Run the lower layers for one triple of samples, with one query of each of ROLES."""
-        samples, rng, roles = (
+        samples, rng, asked = (
             [self.samples[i] for i in chosen],
             self._random("query", chosen[0]),
             [],
         )
         for role in ROLES:
             names = [[name for name in role if name in sample.queries] for sample in samples]
-            asked = [s.queries[rng.choice(n)] for s, n in zip(samples, names, strict=True)]
-            roles.append(self.editor.capture([question(query) for query in asked]))
+            queries = [s.queries[rng.choice(n)] for s, n in zip(samples, names, strict=True)]
+            asked.append([question(query) for query in queries])
+        if rng.random() < self.chats:
+            pairs = zip(asked[1], asked[2], strict=True)
+            asked[1] = [edit._replace(before=[other[:3]]) for edit, other in pairs]
+        roles = tuple(map(self.editor.capture, asked))
         texts = [s.queries["text_locality"] for s in samples if "text_locality" in s.queries]
         if not texts:
-            return tuple(roles), None
+            return roles, None
         text = self.editor.capture([question(query) for query in texts], above=False)
-        return tuple(roles), Rows.gather(text.hidden.float(), text.masks.prompt)
+        return roles, Rows.gather(text.hidden.float(), text.masks.prompt)
 
 
 def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.Optimizer]:

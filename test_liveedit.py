@@ -1019,7 +1019,7 @@ def test_prompt_styles_and_lists(base):
 
 
 def training_set(editor, experts=3, cached=True, samples=4) -> run.TrainingSet:
-    options = SimpleNamespace(batch_size=3, expert_batch_size=experts, seed=0)
+    options = SimpleNamespace(batch_size=3, expert_batch_size=experts, seed=0, data=None)
     limit, run.CACHE_BYTES = run.CACHE_BYTES, 2**30 if cached else 0
     made = run.TrainingSet(editor, drawn.drawn_training(samples, seed=5), options)
     run.CACHE_BYTES = limit
