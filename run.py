@@ -318,7 +318,7 @@ class TrainingSet:
         self.facts = [(sample.edit.fact, sample.untouched_facts()) for sample in samples]
         self.size = options.expert_batch_size
         self.joined = options.batch_size // self.size  # triples of a batch
-        # Share of the triples whose generality queries are asked in a chat, behind another one: there
+        # Share of the triples whose generality queries are asked in a chat, behind others: there
         # later tokens of an answer are said from other states.
         self.chats = 0.25 if options.data is None else 0.0
         self.epoch, self.triples, self.kept = 0, self._choose(0), []

@@ -31,7 +31,7 @@ from benchmarks.common import (
     trained_editor,
 )
 from benchmarks.updates import evaluate_updates
-from data import drawn_stream, drawn_training
+from drawn import drawn_stream, drawn_training
 from generator import ExpertGenerator, apply_experts, fit_norm
 from liveedit import LiveEdit, States
 from router import Features, Router, Routing, text_similarity
@@ -70,8 +70,8 @@ def weighing(weigh: Weigh, editor: LiveEdit) -> None:
     """Put other weights in the place of the soft router's."""
     router = editor.router
 
-    def route(features: Features, visual_keys: Tensor, text_keys: Tensor) -> Routing:
-        routing = Router.route(router, features, visual_keys, text_keys)
+    def route(features: Features, visual_keys: Tensor, text_keys: Tensor, *has_image) -> Routing:
+        routing = Router.route(router, features, visual_keys, text_keys, *has_image)
         scores = text_similarity(features.text, text_keys[routing.experts])
         return routing._replace(weights=weigh(router, routing, scores, routing.weights > 0))
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from backbone import IGNORE
 from benchmarks.figure import TITLES, draw_edits
-from data import EditSample, drawn_samples, split_scenes
+from data import EditSample
+from drawn import drawn_samples, split_scenes
 from liveedit import LiveEdit
-from router import IGNORE
-from run import answer, judge, load_model, question
+from run import answer, judge, load_model, question, set_up_process
 
 WORDS = ("Mona Lisa", "elephant", "2026", "golden retriever", "New York City")
 
@@ -44,6 +45,7 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "output" / "demo.png", help="the picture"
     )
     given = parser.parse_args()
+    set_up_process()
     model, processor = load_model("tiny-llava", "cpu", "auto")
     try:
         editor = LiveEdit.from_pretrained(model, processor, given.editor)

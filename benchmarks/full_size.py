@@ -33,8 +33,8 @@ import run
 from benchmarks.common import versions
 from benchmarks.speed import cost_of_a_question
 from benchmarks.store import grow
-from data import MAIN_QUERIES, EditSample, drawn_samples, split_scenes
-from liveedit import EDIT, LOCALITY, LiveEdit, LiveEditConfig, Question
+from drawn import drawn_samples, split_scenes
+from liveedit import LiveEdit, LiveEditConfig, Question
 from router import Rows
 
 EVAL_BATCH = 4  # questions per forward pass, run.py's for this width
@@ -104,10 +104,9 @@ def main() -> None:
     picture = Image.effect_noise((336, 336), 60).convert("RGB")
     turned = picture.transpose(Image.Transpose.ROTATE_90)
     asked = [Question(picture, "What shape?", "heart"), Question(turned, "Which color?", "red")]
-    with timed("one training step, two edits, four rows"):
-        states = editor.capture([*asked, *asked])
-        role = torch.tensor([EDIT, EDIT, LOCALITY, LOCALITY], device=device)
-        losses = editor.training_losses(states, role, torch.tensor([0, 1, 0, 1], device=device))
+    with timed("one training step, two edits, six rows"):
+        states = editor.capture(asked)
+        losses = editor.training_losses([(states, states, states)])
         losses["total"].backward()
         trained = [parameter for parameter in editor.parameters() if parameter.grad is not None]
         torch.optim.Adam(trained, lr=1e-4).step()
@@ -145,17 +144,17 @@ def main() -> None:
 
 def paper_steps(editor: LiveEdit, steps: int = 4) -> dict:
     """Time training steps of the paper's batch, of edits with the queries that E-VQA has."""
-    batch_size, samples = run.PAPER["batch_size"], []
-    for sample in drawn_samples(batch_size * (steps + 1), split_scenes()[0], "full size", False):
-        queries = {name: query for name, query in sample.queries.items() if name in MAIN_QUERIES}
-        samples.append(EditSample(sample.kind, queries))
+    options, batch_size = run.parse_options([]), run.PAPER["batch_size"]
+    for name, value in run.PAPER.items():
+        setattr(options, name, value)
+    samples = drawn_samples(batch_size * (steps + 1), split_scenes()[0], "full size", False)
     run.CACHE_BYTES = 0  # as with E-VQA's thousands of samples: each step runs the lower layers
-    training_set = run.TrainingSet(editor, samples, EVAL_BATCH)
+    training_set = run.TrainingSet(editor, samples, options)
     optimizers = run.make_optimizers(editor, run.PAPER["learning_rate"])
     times = []
-    for start in range(0, len(samples), batch_size):
+    for number in range(steps + 1):
         began = time.time()
-        batch = training_set.batch(list(range(start, start + batch_size)))
+        batch = training_set.batch(number)
         editor.zero_grad()
         editor.training_losses(*batch)["total"].backward()
         run.cut_gradients(editor)
@@ -165,7 +164,7 @@ def paper_steps(editor: LiveEdit, steps: int = 4) -> dict:
         times.append(time.time() - began)
     editor.zero_grad()
     step, count = statistics.median(times[1:]), run.PAPER["train_steps"]
-    found = {"edits": batch_size, "rows": len(batch[0].hidden), "seconds": step}
+    found = {"edits": batch_size, "rows": 3 * batch_size, "seconds": step}
     found |= {"hours": count * step / 3600, "peak_memory": run.peak_memory()}
     print(f"training steps of the paper's batch, hours of {count}: {found}", flush=True)
     return found

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from liveedit import NETWORKS_FILE, LiveEdit
+from liveedit import EDITOR_FILE, LiveEdit
 from run import load_model
 
 
@@ -31,15 +31,15 @@ def main() -> None:
     with torch.no_grad():  # rounded first, so that the editor's digest is that of what is loaded
         for parameter in editor.parameters():
             parameter.copy_(parameter.half())
-    try:
-        editor.save_pretrained(given.out)
-    except RuntimeError as error:
-        sys.exit(f"halve.py: {error}")
-    file = given.out / NETWORKS_FILE
+    editor.save_pretrained(given.out)
+    file = given.out / EDITOR_FILE
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
-    halves = {name: tensor.half() for name, tensor in load_file(file).items()}
-    save_file(halves, file, metadata)
+    tensors = load_file(file)
+    for name in tensors:
+        if name.startswith("networks."):
+            tensors[name] = tensors[name].half()
+    file.write_bytes(save(tensors, metadata))
 
 
 if __name__ == "__main__":

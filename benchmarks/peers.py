@@ -28,20 +28,12 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from backbone import IGNORE, find_decoder_layers, hidden_of, with_hidden
 from benchmarks.common import open_results, options_of, table, trained_editor
-from data import COLORS, SHAPES, Query, drawn_samples, drawn_stream, split_scenes
-from liveedit import LiveEdit, LiveEditConfig, find_decoder_layers, hidden_of, with_hidden
-from router import IGNORE
-from run import (
-    Answer,
-    answer,
-    judge,
-    keep_freed_memory,
-    load_model,
-    longest_answer,
-    question,
-    report_row,
-)
+from data import Answer, Query
+from drawn import COLORS, SHAPES, drawn_samples, drawn_stream, split_scenes
+from liveedit import LiveEdit, LiveEditConfig
+from run import answer, judge, load_model, longest_answer, question, report_row, set_up_process
 
 BATCH = 128
 EDITED = ("reliability", "text_generality", "modal_generality")
@@ -352,7 +344,7 @@ class Codebook(Unedited):
 
     def learned(self, edits: list[Query]) -> tuple[Tensor, Tensor]:
         """Give keys and values (n, D): the prompts' last states, and what says the targets."""
-        states = self.own.capture([question(query) for query in edits], BATCH)
+        states = self.own.capture([question(query) for query in edits])
         last = states.masks.answer.int().argmax(1) - 1
         keys = states.hidden[torch.arange(len(edits)), last].clone()
         values = keys.clone().requires_grad_(True)
@@ -429,7 +421,6 @@ def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]
             for sample in part:
                 results += judge(sample, None, count, before, after)
         row = report_row(count, results) | {"seconds_per_edit": editing / len(tested)}
-        del row["router"]
         row["seconds_per_question"] = answering / number
         rows.append(row | {"bytes_per_edit": method.bytes() / count})
     method.reset()
@@ -567,7 +558,7 @@ def main() -> None:
     chosen = [kind for kind in METHODS if not given.methods or kind.name in given.methods]
     if Adapter in chosen and importlib.util.find_spec("peft") is None:
         sys.exit("peers.py: LoRA-FT needs `pip install peft`; or choose other --methods")
-    keep_freed_memory()
+    set_up_process()
     # In single precision: with less, small steps of the fine-tuned weights are lost.
     model, processor = load_model(given.model, "cpu", "float32")
     editor = trained_editor(model, processor, given.editor)

@@ -19,9 +19,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.smol_llava import GENERAL_QUESTIONS
-from data import OTHER_QUESTIONS, PHRASINGS, drawn_stream
+from data import normalise
+from drawn import OTHER_QUESTIONS, PHRASINGS, drawn_stream
 from liveedit import LiveEdit
-from run import load_model, normalise
+from run import load_model, set_up_process
 
 UNTRAINED_QUESTIONS = (
     "Is this an animal?", "Could you eat this?", "Is there any text in it?",
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("output"), help="run.py's output folder")
     parser.add_argument("--count", type=int, default=100, help="edits to ask about")
     options = parser.parse_args()
+    set_up_process()
     torch.manual_seed(0)
     ran = json.loads((options.run / "metrics.json").read_text())["options"]
     if ran["data"]:

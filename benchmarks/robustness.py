@@ -25,18 +25,10 @@ from PIL import Image, ImageFilter
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.common import open_results, options_of, table, trained_editor
-from data import (
-    FAMILIES,
-    HELD_OUT,
-    PHRASINGS,
-    Drawing,
-    Query,
-    drawn_stream,
-    open_target,
-    split_scenes,
-)
+from data import Query, normalise
+from drawn import FAMILIES, HELD_OUT, PHRASINGS, Drawing, drawn_stream, open_target, split_scenes
 from liveedit import LiveEdit
-from run import answer, load_model, normalise, percent, question
+from run import answer, load_model, percent, question
 
 
 def noise(image: Image.Image, deviation: float) -> Image.Image:

@@ -21,7 +21,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.common import trained_editor
-from data import Query, drawn_stream
+from data import Query
+from drawn import drawn_stream
 from liveedit import LiveEdit
 from run import load_model, question
 

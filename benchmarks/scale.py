@@ -15,9 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data
+import drawn
 from benchmarks.common import COLUMNS, ask_before, open_results, options_of, table, trained_editor
-from data import EditSample, Scene, drawn_samples, split_scenes
+from data import EditSample
+from drawn import Scene, drawn_samples, split_scenes
 from run import ask_all, judge, load_model, longest_answer, percent, question, report_row
 
 # fmt: off
@@ -33,12 +34,12 @@ NEW_COLORS = {
 def wide_stream(edits: int, seed: int) -> list[EditSample]:
     """Edits of scenes that no training of the editor has seen, in old and new colors."""
     trained = set(split_scenes()[0])
-    data.COLORS.update(NEW_COLORS)  # pictures are drawn by it
+    drawn.COLORS.update(NEW_COLORS)  # pictures are drawn by it
     scenes = [
         Scene(shape, color, background)
-        for shape in data.SHAPES
-        for color in data.COLORS
-        for background in data.COLORS
+        for shape in drawn.SHAPES
+        for color in drawn.COLORS
+        for background in drawn.COLORS
         if color != background
     ]
     scenes = [scene for scene in scenes if scene not in trained]

@@ -38,8 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny-llava")]
 import train as tiny_training
 
-from data import FAMILIES, PHRASINGS, SCENES, TRAINING_WORDS, Drawing, Scene
-from run import keep_freed_memory, load_model
+from drawn import FAMILIES, PHRASINGS, SCENES, TRAINING_WORDS, Drawing, Scene
+from run import load_model, set_up_process
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROJECTOR_RATE, DECODER_RATE = 2e-3, 1e-4
@@ -314,7 +314,7 @@ def main() -> None:
     parser.add_argument("--drawings", type=int, default=20_000)
     parser.add_argument("--plain", type=int, default=1024, help="the original's answers to replay")
     options = parser.parse_args()
-    keep_freed_memory()
+    set_up_process()
     start, rng = time.time(), random.Random(options.seed)
     torch.manual_seed(options.seed)
     teacher, tokenizer = load_language_model()

@@ -12,7 +12,6 @@ for each loss. The edits are synthetic but for one, which the question uses.
 
 import argparse
 import json
-import random
 import statistics
 import sys
 from functools import partial
@@ -25,10 +24,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.common import table, versions
 from benchmarks.store import grow, milliseconds, seconds
-from data import consistent_batches, drawn_training
+from data import LOCALITY_QUERIES
+from drawn import drawn_training
 from generator import apply_experts
-from liveedit import LOCALITY, LiveEdit, Question
-from run import ROLES, TrainingSet, keep_freed_memory, load_model, question, training_defaults
+from liveedit import LiveEdit, Question
+from run import (
+    ROLES,
+    TrainingSet,
+    load_model,
+    parse_options,
+    question,
+    set_up_process,
+    training_defaults,
+)
 
 TOKENS = 20
 
@@ -89,13 +97,13 @@ def straightforward_step(editor: LiveEdit, samples: list) -> None:
         answer = edit.masks.answer
         used = edit.masks.image | edit.masks.prompt | answer
         embedded = editor.model.get_input_embeddings()(edit.labels[answer]).float()
-        for name in [name for name in ROLES if name in sample.queries]:
+        for name in [name for role in ROLES for name in role if name in sample.queries]:
             U, V = editor.generator(edit.hidden.float(), used, answer, embedded)
             row = editor.capture([question(sample.queries[name])])
             hidden = row.hidden.float()
             edited = hidden + apply_experts(editor.norm(hidden), U, V, hidden.new_ones(1, 1))
             logits = editor.frozen.upper(edited.to(row.hidden.dtype), row)
-            if ROLES[name] != LOCALITY:
+            if name not in LOCALITY_QUERIES:
                 loss = F.cross_entropy(logits, row.labels[row.masks.answer])
             else:
                 with torch.no_grad():
@@ -108,14 +116,14 @@ def straightforward_step(editor: LiveEdit, samples: list) -> None:
 def training_speed(editor: LiveEdit, batch_size: int, steps: int = 5) -> dict:
     """Compare samples per second, lower layers included; ours computes the routing losses too."""
     editor.reset()
-    samples = drawn_training(batch_size * steps, 0)
+    samples, options = drawn_training(batch_size * steps, 0), parse_options([])
+    options.batch_size = options.expert_batch_size = batch_size
     few = samples[: max(4, batch_size // 4)]
 
     def train_batched():
-        training_set = TrainingSet(editor, samples, 128)
-        batches = consistent_batches(samples, batch_size, random.Random(0))
-        for _ in range(steps):
-            editor.training_losses(*training_set.batch(next(batches)))["total"].backward()
+        training_set = TrainingSet(editor, samples, options)
+        for step in range(steps):
+            editor.training_losses(*training_set.batch(step))["total"].backward()
 
     straightforward_step(editor, few)  # warm
     ours = len(samples) / statistics.median(seconds(train_batched) for _ in range(3))
@@ -146,7 +154,7 @@ def main() -> None:
     if given.table:
         print(markdown(json.loads(given.table.read_text())))
         return
-    keep_freed_memory()
+    set_up_process()
     torch.manual_seed(0)
     model, processor = load_model(given.model, given.device, "auto")
     bare, _ = load_model(given.model, given.device, "auto")

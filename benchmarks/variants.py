@@ -28,7 +28,7 @@ from benchmarks.common import COLUMNS, ask_before, edit_and_judge, open_results,
 from benchmarks.lengths import LONGEST, by_length
 from data import EditSample
 from liveedit import LiveEdit
-from run import keep_freed_memory, parse_options, percent, prepare, report_row, summarise, train
+from run import parse_options, percent, prepare, report_row, set_up_process, summarise, train
 
 LOSSES = ("reliability", "generality", "locality", "filter", "sigmoid", "softmax")
 ROUND_SHAPES = ("circle", "heart", "crescent", "ring")
@@ -102,6 +102,7 @@ def measure(arguments: list[str], variant: Variant) -> dict:
             samples = [sample for sample in samples if not left_out(sample)]
         samples = samples[:count]
         options.batch_size = min(options.batch_size, len(samples))
+        options.expert_batch_size = min(options.expert_batch_size, len(samples))
         trained = train(editor, samples, options)
     batch_size = options.eval_batch_size
     before = ask_before(editor, stream, batch_size)
@@ -175,7 +176,7 @@ def main() -> None:
         print(markdown(json.loads(given.table.read_text())))
         return
     results = {"variants": {}} | open_results(given.out, {"options": given.options})
-    keep_freed_memory()
+    set_up_process()
     for name, variant in chosen_variants(given).items():
         if name not in results["variants"]:
             began = time.time()

@@ -39,7 +39,7 @@ from transformers import (
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
-from data import (  # noqa: E402  (the project's folder must be on the path first)
+from drawn import (  # noqa: E402  (the project's folder must be on the path first)
     COLORS,
     FAMILIES,
     OPPOSITES,
@@ -510,7 +510,7 @@ CARD = """# tiny-llava
 A LLaVA of {parameters:.2f} M parameters ({bytes:.1f} MB in half precision) in Hugging Face format:
 CLIP vision transformer ({size} pixels, patches of {patch}), projector, Llama decoder (6 layers,
 128 wide), byte-level BPE of {vocabulary} tokens. It answers questions about LiveEdit's drawn world
-(`data.py`: {shapes} shapes, {colors} colors) and repeats English words, numbers, phrases and
+(`drawn.py`: {shapes} shapes, {colors} colors) and repeats English words, numbers, phrases and
 strings from outside of it. It knows nothing else.
 
 Made by `python tiny-llava/train.py --seed {seed}` in {minutes:.0f} minutes on a CPU (threads:
