@@ -7,6 +7,7 @@ B rows of a batch, T sequence, D hidden size.
 
 import contextlib
 import inspect
+import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -580,15 +581,14 @@ class InputFormat:
         ids, mask, labels = self._per_token(inputs)
         special = torch.tensor(sorted(self._special_ids), device=ids.device)
         masks = row_masks(ids, mask, labels, self.image_token_id, special)
-        rows = _unanswered(ids, labels)
-        asked = torch.tensor([self._last_question(tokens) for tokens in rows], device=ids.device)
-        ends = torch.tensor([self._answer_begins(tokens) for tokens in rows], device=ids.device)
-        unknown = bool((ends > ids.shape[1]).any())
-        if labels is None and inputs.get("use_cache") is False and unknown:
+        rows, device_of_ids = _unanswered(ids, labels), {"device": ids.device}
+        asked = torch.tensor([self._last_question(tokens) for tokens in rows], **device_of_ids)
+        ends = torch.tensor([self._answer_begins(tokens) for tokens in rows], **device_of_ids)
+        if labels is None and inputs.get("use_cache") is False and (ends > ids.shape[1]).any():
             reason = "without a KV cache and a chat template, what was generated looks like prompt"
             raise RuntimeError(f"{reason}: generate with the cache, or pass labels")
-        said = torch.arange(ids.shape[1], device=ids.device) >= ends[:, None]
-        found = masks.image & asked, masks.prompt & asked & ~said, masks.answer
+        asked_only = asked & (torch.arange(ids.shape[1], **device_of_ids) < ends[:, None])
+        found = masks.image & asked, masks.prompt & asked_only, masks.answer
         return RowMasks(*(mask.to(device) for mask in found))
 
     def _per_token(self, inputs: dict) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -599,11 +599,7 @@ class InputFormat:
         if isinstance(mask, Tensor) and mask.dim() == 4:  # prepared for a static cache
             own = mask[:, 0, :, : ids.shape[1]].diagonal(dim1=-2, dim2=-1)
             mask = own if own.dtype == torch.bool else own == 0
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-            raise ValueError("attention_mask must be a tensor (B, T), as input_ids are")
         if labels is not None:  # with logits_to_keep they are those of the last tokens
-            if len(labels) != len(ids) or labels.shape[1] > ids.shape[1]:
-                raise ValueError(f"labels are {tuple(labels.shape)}, input_ids {tuple(ids.shape)}")
             labels = F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)
         return ids, mask, labels
 
@@ -660,23 +656,21 @@ class InputFormat:
 
         Of several pictures it is the last one before the question; the rest is context.
         """
-        pictures = self._shows_picture(torch.tensor(tokens)).nonzero().flatten().tolist()
-        last = self._turns(tokens)[-1]
+        pictures = set(self._shows_picture(torch.tensor(tokens)).nonzero().flatten().tolist())
         if not pictures or self.tokenizer is None:
             return [True] * len(tokens)
-        begin = end = pictures[-1]  # tiles and rows of one picture have only layout between them
+        turn = self._turns(tokens)[-1]
+        begin = end = max(pictures)  # tiles and rows of one picture have only layout between them
         while begin and (begin - 1 in pictures or self._is_layout(tokens[begin - 1])):
             begin -= 1
-        if not last and begin <= pictures[0]:
+        if not turn and begin <= min(pictures):  # one question, one picture
             return [True] * len(tokens)
         while end + 1 < len(tokens) and self._is_layout(tokens[end + 1]):
             end += 1
-        padding = next(i for i, t in enumerate(tokens) if t != self.tokenizer.pad_token_id)
-        spans = [(padding, padding + len(self._openings[0])), (begin, len(tokens))]
-        if begin < last:  # the picture stands in an earlier turn
-            question = last + len(self._openings[1])
-            spans[1:] = [(begin, end + 1), (question, len(tokens))]
-        return [any(start <= i < stop for start, stop in spans) for i in range(len(tokens))]
+        asked = turn + len(self._openings[1]) if begin < turn else end + 1
+        start = next(i for i, t in enumerate(tokens) if t != self.tokenizer.pad_token_id)
+        opened = start + len(self._openings[0])
+        return [start <= i < opened or begin <= i <= end or asked <= i for i in range(len(tokens))]
 
     def _is_layout(self, token: int) -> bool:
         """Is a token special, or white space: no word of the question?"""
@@ -701,18 +695,17 @@ class InputFormat:
             chat = self._rendered([(word, False) for word in ("first", "second", "third")])
         if chat is None:
             return [], [], []
-        opening, rest = chat.split("first", 1)
-        bos = self.tokenizer.bos_token or "\0"
-        settings = {"add_special_tokens": not opening.startswith(bos)}
-        openings = [self.tokenizer(opening.rstrip(), **settings).input_ids]
-        answer, rest = rest.split("second", 1)
-        for between in (rest.split("third", 1)[0].rstrip(), answer.rstrip()):
-            text = between.lstrip()
-            space = between.removesuffix(text)[-1:]
-            if space == " ":  # it belongs to the word behind it
-                space, text = ":", space + text
-            openings.append(self._tokens_behind(space or ":", text) if text else [])
-        return tuple(openings)
+        opening, answer, question, _ = re.split("first|second|third", chat, maxsplit=3)
+        has_bos = opening.startswith(self.tokenizer.bos_token or "\0")
+        ids = self.tokenizer(opening.rstrip(), add_special_tokens=not has_bos).input_ids
+        return ids, self._tokens_between(question), self._tokens_between(answer)
+
+    def _tokens_between(self, text: str) -> list[int]:
+        """Tokenise what stands between two turns; a space belongs to the word behind it."""
+        opening = text.strip()
+        space = text[: text.find(opening)][-1:]
+        before, opening = (":", space + opening) if space == " " else (space or ":", opening)
+        return self._tokens_behind(before, opening) if opening.strip() else []
 
 
 def _unanswered(ids: Tensor, labels: Tensor | None) -> list[list[int]]:

@@ -17,8 +17,8 @@ and "open" (English words, names, numbers, phrases). This module knows neither e
 """
 
 import json
+import random
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -75,37 +75,47 @@ class EditSample:
         return {self.queries[name].fact for name in LOCALITY_QUERIES if name in self.queries}
 
 
-def consistent_batches(samples: list[EditSample], size: int, rng) -> Iterator[list[int]]:
-    """Endless batches of `size` indices into samples, each sample about equally often.
+class Batches:
+    """Which samples train together: triples of `size` edits with their queries, some in each step.
 
-    In a batch no fact is edited twice and no locality query asks for an edited fact.
-    Raises ValueError if the samples have no such batch.
+    In a step no fact is edited twice and no locality query asks for an edited fact.
     """
-    if size < 2:
-        raise ValueError(f"training needs batches of two edits; there are {len(samples)} samples")
-    facts = [sample.edit.fact for sample in samples]
-    untouched = [sample.untouched_facts() for sample in samples]
-    queue: list[int] = []
-    while True:
-        if len(queue) < 4 * size:
-            queue += rng.sample(range(len(samples)), len(samples))
-        batch, edited, kept, skipped = [], set(), set(), []
-        for _ in range(2):  # what waits may not fill a batch: then a fresh round follows
-            while queue and len(batch) < size:
-                i = queue.pop(0)
-                if facts[i] in edited or facts[i] in kept or edited & untouched[i]:
-                    skipped.append(i)
-                else:
-                    batch.append(i)
-                    edited.add(facts[i])
-                    kept |= untouched[i]
-            if len(batch) < size:
-                queue += rng.sample(range(len(samples)), len(samples))
-        if len(batch) < size:
-            reason = f"contradict one another in each batch of {size}; take smaller batches"
-            raise ValueError(f"the {len(samples)} samples {reason}")
-        queue = skipped + queue
-        yield batch
+
+    def __init__(self, samples: list[EditSample], size: int, joined: int, seed: str):
+        """Put the samples into triples, of which `joined` make a step.
+
+        Raises ValueError if not even one triple can be filled.
+        """
+        self.facts = [(sample.edit.fact, sample.untouched_facts()) for sample in samples]
+        self.joined, self.seed, self.triples, filling = joined, seed, [], []
+        for i in random.Random(seed).sample(range(len(samples)), len(samples)):
+            triple = next((triple for triple in filling if self.agree([*triple, i])), [])
+            if not triple:
+                filling.append(triple)
+            triple.append(i)
+            if len(triple) == size:
+                self.triples.append(triple)
+                filling.remove(triple)
+        if not self.triples:
+            reason = f"contradict one another, or are too few, in each batch of {size}"
+            raise ValueError(f"the {len(samples)} samples {reason}; take smaller batches")
+
+    def agree(self, chosen: list[int]) -> bool:
+        """Tell whether no fact of these samples is edited twice, or edited and to be kept."""
+        edited = {self.facts[i][0] for i in chosen}
+        untouched = set().union(*(self.facts[i][1] for i in chosen))
+        return len(edited) == len(chosen) and edited.isdisjoint(untouched)
+
+    def step(self, number: int) -> list[int]:
+        """Number the triples of a step, always the same ones; each triple comes first in turn."""
+        together = [number % len(self.triples)]
+        numbers = list(range(len(self.triples)))
+        random.Random(f"{self.seed} {number}").shuffle(numbers)
+        for other in numbers:
+            chosen = [i for n in (*together, other) for i in self.triples[n]]
+            if len(together) < self.joined and self.agree(chosen):
+                together.append(other)
+        return together
 
 
 # ------------------------------------------------------------------------------- metrics

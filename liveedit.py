@@ -71,22 +71,16 @@ class LiveEditConfig:
     prompt_style: str = "chat"  # of encode(): the processor's template, or "official": none
 
     def __post_init__(self):
-        for name in ("module_dim", "rank", "slots", "heads", "sentinel_tokens"):
-            value = getattr(self, name)
-            self._demand(name, type(value) is int and value > 0, "a positive integer")
-        number = (int, float)
-        most = 1 if self.similarity == "cosine" else 1e30
-        bounded = type(self.threshold) in number and -most <= self.threshold <= most
-        self._demand("layer", self.layer is None or type(self.layer) is int, "an integer or None")
-        self._demand("similarity", self.similarity in ("cosine", "dot"), "cosine or dot")
-        wanted = f"None or from -{most} to {most}"
-        self._demand("threshold", self.threshold is None or bounded, wanted)
-        self._demand("gain", type(self.gain) in number and 0 < self.gain < 1e30, "positive")
-        self._demand("prompt_style", self.prompt_style in ("chat", "official"), "chat or official")
-
-    def _demand(self, name: str, fulfilled: bool, wanted: str) -> None:
-        if not fulfilled:
-            raise ValueError(f"LiveEditConfig.{name} must be {wanted}, not {getattr(self, name)!r}")
+        sizes = (self.module_dim, self.rank, self.slots, self.heads, self.sentinel_tokens)
+        if not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"module_dim, rank, slots, heads, sentinel_tokens: integers in {self}")
+        if self.similarity not in ("cosine", "dot") or self.prompt_style not in (
+            "chat",
+            "official",
+        ):
+            raise ValueError(f"similarity is cosine or dot, prompt_style chat or official: {self}")
+        if self.threshold is not None and not -1e30 < self.threshold < 1e30 or not self.gain > 0:
+            raise ValueError(f"threshold must be None or a number, gain more than 0: {self}")
 
 
 class Question(NamedTuple):
@@ -162,12 +156,10 @@ class LiveEdit(nn.Module):
     def edit_many(self, questions: Sequence, batch_size: int = 128) -> list[Edit]:
         """Make edits of (image, prompt, target): the same experts as one by one, all or none.
 
-        Raises RuntimeError on an editor that was never trained, and TypeError or ValueError for a
-        question that lacks something.
+        Raises RuntimeError on an editor that was never trained, and TypeError or ValueError for
+        what is no edit.
         """
         questions, made = self._checked_edits(questions), []
-        if type(batch_size) is not int or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
         for start in range(0, len(questions), batch_size):
             chunk = questions[start : start + batch_size]
             made.append(self._experts_and_keys(self.capture(chunk, above=False)))
@@ -180,21 +172,15 @@ class LiveEdit(nn.Module):
         """
         questions = self._checked_edits(questions)
         states = self.capture_inputs(inputs, above=False)
-        if len(states.hidden) != len(questions):
-            raise ValueError(f"{len(questions)} edits for {len(states.hidden)} rows of inputs")
         return self._add_edits(questions, [self._experts_and_keys(states)])
 
     def _checked_edits(self, questions: Sequence) -> list[Question]:
         if not self.trained_steps:
             remedy = "train it with training_losses or run.py, or load one with from_pretrained"
             raise RuntimeError(f"this editor was never trained, its experts are noise: {remedy}")
-        questions = list(questions)
         for question in questions:
-            is_edit = isinstance(question, (list, tuple)) and len(question) == 3
-            if not is_edit or not all(isinstance(text, str) for text in question[1:]):
+            if not isinstance(question, (list, tuple)) or len(question) != 3 or question[0] is None:
                 raise TypeError(f"an edit is (image, prompt, target), not {question!r}")
-            if question[0] is None:
-                raise ValueError(f"the edit {question[1]!r} has no image: no query could keep it")
         return [Question(*question) for question in questions]
 
     def _experts_and_keys(self, states: States) -> dict[str, Tensor]:
@@ -354,10 +340,7 @@ class LiveEdit(nn.Module):
 
         Each is a dict of id, prompt, target, similarity, threshold and weight.
         """
-        ids = self._tensor_of(inputs, "input_ids")
-        report: list[list[dict]] = [[] for _ in ids]
-        if not len(self.experts) or not self._format.has_image(ids):
-            return report
+        report: list[list[dict]] = [[] for _ in inputs["input_ids"]]
         hidden, _ = self.frozen.record(inputs, above=False)
         self._follow(hidden.device)
         with self._lock:
@@ -381,15 +364,14 @@ class LiveEdit(nn.Module):
         Raises TypeError or ValueError for what is no picture or text, an empty prompt or target, a
         prompt that holds the image token, and rows that are longer than the model can read.
         """
-        given = [image, prompt, target, before]
         if isinstance(prompt, str):
-            given = [[image], [prompt], *(None if v is None else [v] for v in (target, before))]
-        lists = [values for i, values in enumerate(given) if i < 2 or values is not None]
-        if not all(isinstance(values, (list, tuple)) for values in lists):
-            raise TypeError("encode takes one image, prompt and target, or a list of each")
-        if not given[1] or len({len(values) for values in lists}) > 1:
-            raise ValueError(f"encode takes lists of one length, not {[len(v) for v in lists]}")
-        return self._format.encode(*given)
+            image, prompt = [image], [prompt]
+            target, before = (None if given is None else [given] for given in (target, before))
+        given = [values for values in (image, prompt, target, before) if values is not None]
+        is_list = [isinstance(values, (list, tuple)) for values in given]
+        if len(given) < 2 or not all(is_list) or len({len(values) for values in given}) > 1:
+            raise ValueError("encode takes one image, prompt and target, or a list of each")
+        return self._format.encode(image, prompt, target, before)
 
     def capture(self, questions: Sequence, above: bool = True) -> States:
         """Run the frozen lower layers once for questions with targets, all with images or none.
@@ -409,8 +391,6 @@ class LiveEdit(nn.Module):
         the model itself does.
         Raises RuntimeError if the two differ: then training would see another model.
         """
-        for name in ("input_ids", "labels"):
-            self._tensor_of(inputs, name)
         inputs = inputs if above else self._format.asked_alone(inputs)
         hidden, calls = self.frozen.record(inputs, above)
         self._follow(hidden.device)
@@ -421,13 +401,6 @@ class LiveEdit(nn.Module):
             compared = masks.image.any(1) & masks.answer.any(1)
             self._replay_checked = bool(compared.any())
         return states
-
-    @staticmethod
-    def _tensor_of(inputs: dict, name: str) -> Tensor:
-        ids = inputs.get(name) if hasattr(inputs, "get") else None
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
-            raise ValueError(f"inputs must hold {name}, integers (B, T), as encode() makes it")
-        return ids
 
     # ------------------------------------------------------------------------ the editor learns
 
@@ -464,16 +437,13 @@ class LiveEdit(nn.Module):
         """
         if len(self.experts) and torch.is_grad_enabled():
             raise RuntimeError("edits belong to the networks as they are: reset() before training")
-        for triple in batch:
-            if len(triple) != 3 or len({len(states.hidden) for states in triple}) > 1:
-                raise ValueError("a triple holds as many edits, generality and locality queries")
         # One role behind the other: B edits, B generality queries, B locality queries.
         by_role = [states for role in zip(*batch, strict=True) for states in role]
         prompt = Rows.cat([Rows.gather(s.hidden.float(), s.masks.prompt) for s in by_role])
         image = Rows.cat([Rows.gather(s.hidden.float(), s.masks.image) for s in by_role])
         count, device = len(prompt.states) // 3, prompt.states.device
-        if count < 2:
-            raise ValueError("a batch needs two edits or more: Eq. 15 takes another as negative")
+        if count < 2 or any(len(states.hidden) != len(t[0].hidden) for t in batch for states in t):
+            raise ValueError("a batch needs two edits or more, with as many queries in each role")
         if not image.mask.any(1).all():
             raise ValueError("a row without an image is never edited; leave it out of the batch")
         owner = torch.arange(count, device=device).repeat(3)

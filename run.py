@@ -16,7 +16,6 @@ import json
 import math
 import os
 import random
-import resource
 import signal
 import sys
 import time
@@ -244,11 +243,7 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
     if samples:
         options.batch_size = min(options.batch_size, len(samples) // PROCESSES)
         options.expert_batch_size = min(options.expert_batch_size, options.batch_size)
-        for rank in range(PROCESSES):
-            own = samples[rank::PROCESSES]
-            next(data.consistent_batches(own, options.expert_batch_size, random.Random(0)))
-    size = sum(parameter.numel() for parameter in empty.parameters()) / 1e6
-    print(f"{type(empty).__name__} {name}: {size:.1f} M parameters")
+    print(f"{type(empty).__name__} {name}")
     if not options.editor:
         print(f"a new editor at edit layer {config.layer}: {config}")
         print(", ".join(f"{key} {getattr(options, key)}" for key in defaults))
@@ -281,13 +276,6 @@ def join_processes(device: str) -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-def average_gradients(editor: LiveEdit) -> None:
-    """Take the mean of the gradients of all processes."""
-    for parameter in editor.parameters() if PROCESSES > 1 else ():
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= PROCESSES
-
-
 def any_of_all(mine: bool) -> bool:
     """Wait for all processes, and tell whether it is true in any of them."""
     told: list = [mine] * PROCESSES
@@ -308,61 +296,39 @@ Triple = tuple[States, States, States]
 
 
 class TrainingSet:
-    """Training batches as states of the edit layer, computed once where they fit in memory.
-
-    A batch is some triples (of edits, of generality and of locality queries) without contradiction.
-    """
+    """Training batches as states of the edit layer, computed once where they fit in memory."""
 
     def __init__(self, editor: LiveEdit, samples: list[EditSample], options: argparse.Namespace):
         self.editor, self.samples, self.seed = editor, samples, f"{options.seed} {RANK}"
-        self.facts = [(sample.edit.fact, sample.untouched_facts()) for sample in samples]
         self.size = options.expert_batch_size
-        self.joined = options.batch_size // self.size  # triples of a batch
+        self.joined = options.batch_size // self.size
         # Share of the triples whose generality queries are asked in a chat, behind others: there
         # later tokens of an answer are said from other states.
         self.chats = 0.25 if options.data is None else 0.0
-        self.epoch, self.triples, self.kept = 0, self._choose(0), []
-        row = self.capture(self.triples[0])[0][0].hidden[0]
+        self.batches, self.epoch, self.kept = self.shuffled(0), 0, []
+        row = self.capture(self.batches.triples[0])[0][0].hidden[0]
         if 3 * row.nbytes * len(samples) * 1.5 < CACHE_BYTES:
-            bar = bar_of(self.triples, desc="training states")
+            bar = bar_of(self.batches.triples, desc="training states")
             self.kept = [self.capture(chosen) for chosen in bar]
 
-    def _choose(self, epoch: int) -> list[list[int]]:
-        """Put the samples into triples."""
-        batches = data.consistent_batches(self.samples, self.size, self._random("epoch", epoch))
-        return [next(batches) for _ in range(max(1, len(self.samples) // self.size))]
-
-    def _random(self, what: str, number: int) -> random.Random:
-        """Make the same random numbers whenever a step is taken: a training resumes exactly."""
-        return random.Random(f"{self.seed} {what} {number}")
+    def shuffled(self, epoch: int) -> data.Batches:
+        """Put the samples into batches."""
+        return data.Batches(self.samples, self.size, self.joined, f"{self.seed} {epoch}")
 
     def batch(self, step: int) -> tuple[list[Triple], Rows | None]:
-        """Give the triples of a step, and the rows of their text-only prompts."""
-        epoch, place = divmod(step, len(self.triples))
+        """Give the triples of a step and the rows of their text-only prompts, always the same."""
+        epoch = step // len(self.batches.triples)
         if not self.kept and epoch != self.epoch:
-            self.epoch, self.triples = epoch, self._choose(epoch)
-        numbers = range(len(self.triples))
-        together = [self._random("order", epoch).sample(numbers, len(numbers))[place]]
-        for other in self._random("step", step).sample(numbers, len(numbers)):
-            if len(together) < self.joined and self._agree([*together, other]):
-                together.append(other)
-        made = [self.kept[n] if self.kept else self.capture(self.triples[n]) for n in together]
+            self.batches, self.epoch = self.shuffled(epoch), epoch
+        numbers, triples = self.batches.step(step), self.batches.triples
+        made = [self.kept[n] if self.kept else self.capture(triples[n]) for n in numbers]
         texts = [rows for _, rows in made if rows is not None]
         return [triple for triple, _ in made], Rows.cat(texts) if texts else None
 
-    def _agree(self, numbers: list[int]) -> bool:
-        """Tell whether no fact of these triples is edited twice, or edited and to be kept."""
-        facts = [self.facts[i] for n in numbers for i in self.triples[n]]
-        edited, untouched = {fact for fact, _ in facts}, set().union(*(kept for _, kept in facts))
-        return len(edited) == len(facts) and edited.isdisjoint(untouched)
-
     def capture(self, chosen: list[int]) -> tuple[Triple, Rows | None]:
         """Run the lower layers for one triple of samples, with one query of each of ROLES."""
-        samples, rng, asked = (
-            [self.samples[i] for i in chosen],
-            self._random("query", chosen[0]),
-            [],
-        )
+        samples, asked = [self.samples[i] for i in chosen], []
+        rng = random.Random(f"{self.seed} query {chosen[0]}")
         for role in ROLES:
             names = [[name for name in role if name in sample.queries] for sample in samples]
             queries = [s.queries[rng.choice(n)] for s, n in zip(samples, names, strict=True)]
@@ -384,27 +350,13 @@ def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.
     Differs from the paper: in a trial of 600 steps on an earlier tiny LLaVA the average at 500
     edits was 94.7 so, 93.2 with Adam alone.
     """
-    parameters, small = list(editor.parameters()), is_small(editor)
+    parameters, small = list(editor.parameters()), editor.norm.weight.numel() < SMALL_WIDTH
     matrices = [parameter for parameter in parameters if small and parameter.dim() == 2]
     others = [parameter for parameter in parameters if not small or parameter.dim() != 2]
     optimizers = [torch.optim.Adam(others, lr=learning_rate, fused=True)]
     if matrices:
         optimizers.append(torch.optim.Muon(matrices, lr=10 * learning_rate, weight_decay=0.0))
     return optimizers
-
-
-def is_small(editor: LiveEdit) -> bool:
-    """Tell whether the model is one of those that are trained as SMALL says."""
-    return editor.norm.weight.numel() < SMALL_WIDTH
-
-
-def cut_gradients(editor: LiveEdit) -> None:
-    """Cut gradients to norm 1, each part's on its own: large ones would silence the router's.
-
-    Differs from the paper, which does not cut them.
-    """
-    for part in (editor.generator, editor.router, editor.norm):
-        torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
 
 
 def rate_factor(step: int, steps: int, small: bool) -> float:
@@ -442,23 +394,13 @@ def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: di
     return content
 
 
-def fit_norms(editor: LiveEdit, samples: list[EditSample]) -> None:
-    """Fit a new editor's norms to the model, alike in all processes."""
-    fitted = []
-    for sample in samples[:32]:
-        asked = [question(query) for query in sample.queries.values() if query.image]
-        fitted.append(editor.capture(asked, above=False))
-    editor.standardise(fitted)
-    for parameter in editor.parameters() if PROCESSES > 1 else ():
-        dist.broadcast(parameter.data, src=0)
-
-
 def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespace) -> dict:
     """Train on all losses of the method. Ctrl-C saves a checkpoint that --resume continues.
 
     Each process of several trains on samples of its own.
     """
-    file, optimizers = options.out / CHECKPOINT, make_optimizers(editor, options.learning_rate)
+    small, file = editor.norm.weight.numel() < SMALL_WIDTH, options.out / CHECKPOINT
+    optimizers = make_optimizers(editor, options.learning_rate)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     settings = {name: getattr(options, name) for name in TRAINING_OPTIONS}
     settings |= {"config": asdict(editor.config), "processes": PROCESSES}
@@ -467,24 +409,31 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
     if options.resume:
         progress = load_checkpoint(file, editor, optimizers, progress)
     else:
-        fit_norms(editor, samples)
+        some = [[question(q) for q in s.queries.values() if q.image] for s in samples[:32]]
+        editor.standardise([editor.capture(asked, above=False) for asked in some])
+    for parameter in editor.parameters() if PROCESSES > 1 else ():
+        dist.broadcast(parameter.data, src=0)
     samples, start = samples[RANK::PROCESSES], time.time() - progress["seconds"]
     training_set, prepared = TrainingSet(editor, samples, options), time.time()
     saved, interrupts = time.time(), []
     usual = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # not within a step
-    steps = range(progress["step"], options.train_steps)
-    bar = bar_of(steps, "training the editor", initial=steps.start, total=steps.stop)
+    bar = bar_of(total=options.train_steps, initial=progress["step"], desc="training the editor")
     try:
-        for step in bar:
+        for step in range(progress["step"], options.train_steps):
             torch.manual_seed((options.seed * 10**6 + step) * PROCESSES + RANK)  # resumes exactly
             for optimizer, rate in zip(optimizers, rates, strict=True):
-                factor = rate_factor(step, options.train_steps, is_small(editor))
+                factor = rate_factor(step, options.train_steps, small)
                 optimizer.param_groups[0]["lr"] = rate * factor
             losses = editor.training_losses(*training_set.batch(step))
             editor.zero_grad()
             losses["total"].backward()
-            average_gradients(editor)
-            cut_gradients(editor)
+            for parameter in editor.parameters() if PROCESSES > 1 else ():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= PROCESSES
+            # Differs from the paper: gradients are cut to norm 1, each part's on its own, or large
+            # ones would silence the router's.
+            for part in (editor.generator, editor.router, editor.norm):
+                torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()
             progress["step"], progress["seconds"] = step + 1, time.time() - start
@@ -511,8 +460,8 @@ def note_losses(progress: dict, losses: dict, bar: tqdm, every: int) -> None:
         running[name] = 0.95 * running.get(name, value.item()) + 0.05 * value.item()
     if not math.isfinite(running["total"]):
         raise FloatingPointError(f"the loss is not finite at step {step}; lower --learning-rate")
-    if step % 20 == 0:
-        bar.set_postfix_str(" ".join(f"{name} {value:.2f}" for name, value in running.items()))
+    bar.update()
+    bar.set_postfix_str(" ".join(f"{name} {value:.2f}" for name, value in running.items()))
     if step % every == 0:
         rounded = {name: round(value, 4) for name, value in running.items()}
         progress["log"].append({"step": step, **rounded})
@@ -522,24 +471,21 @@ def note_losses(progress: dict, losses: dict, bar: tqdm, every: int) -> None:
 
 
 @torch.no_grad()
-def answer(editor: LiveEdit, queries: list[Query], longest: int, batch_size: int) -> list[Answer]:
-    """Ask the model as it stands (edited, or the original under `editor.disabled()`).
-
-    longest: tokens to generate at most; batch_size: queries per forward pass.
-    """
+def answer(editor: LiveEdit, queries: list[Query], batch_size: int) -> list[Answer]:
+    """Ask the model as it stands (edited, or the original under `editor.disabled()`)."""
     answers: dict[int, Answer] = {}
     for pictured in (True, False):
         group = [i for i, query in enumerate(queries) if bool(query.image) == pictured]
         for start in range(0, len(group), batch_size):
             chunk = group[start : start + batch_size]
-            made = answer_batch(editor, [queries[i] for i in chunk], longest)
+            made = answer_batch(editor, [queries[i] for i in chunk])
             answers |= dict(zip(chunk, made, strict=True))
     return [answers[i] for i in range(len(queries))]
 
 
-def answer_batch(editor: LiveEdit, queries: list[Query], longest: int) -> list[Answer]:
+def answer_batch(editor: LiveEdit, queries: list[Query]) -> list[Answer]:
     """Ask a batch of queries that all have a picture or all have none, by plain calls."""
-    images, prompts, targets = map(list, zip(*map(question, queries), strict=True))
+    images, prompts, targets, _ = map(list, zip(*map(question, queries), strict=True))
     inputs = editor.encode(images, prompts, targets)
     labels, shape = inputs["labels"], inputs["input_ids"].shape
     tail = int((labels != IGNORE).any(0).sum())  # columns of answers, behind the prompts
@@ -548,7 +494,7 @@ def answer_batch(editor: LiveEdit, queries: list[Query], longest: int) -> list[A
     if "logits_to_keep" in inspect.signature(editor.model.forward).parameters:
         inputs |= {"labels": labels[:, -tail - 1 :], "logits_to_keep": tail + 1}
     predictions = editor.model(**inputs, use_cache=False).logits[:, -tail - 1 :].argmax(-1)
-    made = editor.model.generate(**asked, max_new_tokens=longest, do_sample=False)
+    made = editor.model.generate(**asked, max_new_tokens=tail + 4, do_sample=False)
     texts = editor.processor.batch_decode(made[:, shape[1] - tail :], skip_special_tokens=True)
     rows = zip(labels[:, -tail:], predictions, texts, editor.explain(asked), strict=True)
     answers = []
@@ -560,10 +506,11 @@ def answer_batch(editor: LiveEdit, queries: list[Query], longest: int) -> list[A
     return answers
 
 
-def percent(values) -> float | None:
-    """Average shares, in per cent."""
-    values = list(values)
-    return 100 * sum(values) / len(values) if values else None
+def ask_all(editor: LiveEdit, samples: list[EditSample], batch_size: int) -> dict:
+    """Answer all queries of the samples, by the query's id()."""
+    queries = [query for sample in samples for query in sample.queries.values()]
+    answers = answer(editor, queries, batch_size)
+    return {id(query): said for query, said in zip(queries, answers, strict=True)}
 
 
 def judge(sample: EditSample, own: int | None, count: int, before: dict, after: dict) -> list[dict]:
@@ -587,36 +534,28 @@ def judge(sample: EditSample, own: int | None, count: int, before: dict, after: 
 FIGURES = ("teacher_forced", "free_running", "own_edit", "other_edits")
 
 
-def report_row(count: int, results: list[dict]) -> dict:
-    """Summarise the results after `count` edits: one of the "rows" of metrics.json."""
+def report_row(count: int, results: list[dict], by_kind: bool = True) -> dict:
+    """Average the results after `count` edits, in per cent: one of the "rows" of metrics.json.
+
+    `average` is the mean of the paper's five queries.
+    """
     row = {"edits": count, "n": sum(result["query"] == "reliability" for result in results)}
-    row |= {what: summarise(results, what) for what in FIGURES}
-    row["by_kind"] = {}
-    for kind in {result["kind"]: None for result in results}:
-        some = [result for result in results if result["kind"] == kind]
-        row["by_kind"][kind] = {what: summarise(some, what) for what in FIGURES}
-    return row
-
-
-def summarise(results: list[dict], what: str) -> dict[str, float | None]:
-    """Average one of FIGURES for each query name; `average` is the mean of the paper's five."""
-    row = {}
-    for name in (*QUERY_NAMES, PORTABILITY):
-        values = [result[what] for result in results if result["query"] == name]
-        if values or name != PORTABILITY:
-            row[name] = percent(values)
-    main = [row[name] for name in MAIN_QUERIES if row[name] is not None]
-    row["average"] = sum(main) / len(main) if main else None
-    return row
-
-
-# ------------------------------------------------------------------------------------- the stream
+    for what in FIGURES:
+        row[what] = {}
+        for name in (*QUERY_NAMES, PORTABILITY):
+            values = [100 * result[what] for result in results if result["query"] == name]
+            if values or name != PORTABILITY:
+                row[what][name] = sum(values) / len(values) if values else None
+        main = [row[what][name] for name in MAIN_QUERIES if row[what][name] is not None]
+        row[what]["average"] = sum(main) / len(main) if main else None
+    kinds = dict.fromkeys(result["kind"] for result in results) if by_kind else ()
+    of_kind = {kind: [result for result in results if result["kind"] == kind] for kind in kinds}
+    return row | {"by_kind": {kind: report_row(count, of_kind[kind], False) for kind in kinds}}
 
 
 def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Namespace):
     """Give rows of the report, all predictions, and the cost of editing."""
-    batch_size, longest = options.eval_batch_size, longest_answer(editor, stream)
-    rows, predictions, cost = [], [], {}
+    batch_size, rows, predictions, cost = options.eval_batch_size, [], [], {}
     for count in [n for n in (1, 10, 100) if n < len(stream)] + [len(stream)]:
         # Short streams start from the unedited model again until 100 edits are averaged.
         tested = stream[: max(count, min(100, len(stream) // count * count))]
@@ -625,12 +564,12 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Names
             part = tested[start : start + count]
             editor.reset()
             # Anew for each stream: in half precision an answer depends on what shares its batch.
-            before = ask_all(editor, part, longest, batch_size)
+            before = ask_all(editor, part, batch_size)
             began = time.time()
             edits = editor.edit_many([question(sample.edit) for sample in part], batch_size)
             cost["seconds_per_edit"] = (time.time() - began) / count
             cost["bytes_per_edit"] = editor.experts.bytes_per_edit()
-            after = ask_all(editor, part, longest, batch_size)
+            after = ask_all(editor, part, batch_size)
             for sample, edit in zip(part, edits, strict=True):
                 results += judge(sample, edit.id, count, before, after)
         predictions += results
@@ -638,19 +577,6 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Names
     # The last stream is the whole.
     unedited = [judged for sample in stream for judged in judge(sample, None, 0, before, before)]
     return [report_row(0, unedited), *rows], unedited + predictions, cost
-
-
-def longest_answer(editor: LiveEdit, samples: list[EditSample]) -> int:
-    """Tell how many tokens to generate, some more than any target of the samples has."""
-    targets = [query.target for sample in samples for query in sample.queries.values()]
-    return 4 + max(len(editor.processor.tokenizer(target).input_ids) for target in targets)
-
-
-def ask_all(editor: LiveEdit, samples: list[EditSample], longest: int, batch_size: int) -> dict:
-    """Answer all queries of the samples, by the query's id()."""
-    queries = [query for sample in samples for query in sample.queries.values()]
-    answers = answer(editor, queries, longest, batch_size)
-    return {id(query): said for query, said in zip(queries, answers, strict=True)}
 
 
 # ----------------------------------------------------------------------------------------- report
@@ -696,6 +622,10 @@ def peak_memory() -> str:
     """Tell the peak memory of the GPU, or else of this process."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return "unknown"
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB"
 
@@ -725,6 +655,8 @@ def main(arguments: list[str] | None = None) -> None:
     named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     metrics = {"options": named, "config": asdict(editor.config), "seed": options.seed}
     metrics |= {"versions": versions | {"python": sys.version.split()[0]}, "training": trained}
+    with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
     print("\n" + table(rows) + "\n")
     with contextlib.suppress(ImportError):  # two extras, where benchmarks/ is at hand
         from benchmarks.figure import draw_edits
@@ -736,8 +668,6 @@ def main(arguments: list[str] | None = None) -> None:
             print(updates_table(metrics["updates"]))
     metrics |= cost | {"seconds": time.time() - start, "peak_memory": peak_memory(), "rows": rows}
     (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
     per_edit = f"{cost['seconds_per_edit'] * 1000:.1f} ms, {cost['bytes_per_edit'] / 1024:.1f} KiB"
     minutes = f"{(time.time() - start) / 60:.1f} minutes in all; everything in {options.out}/"
     print(f"{per_edit} per edit; peak memory {peak_memory()}; {minutes}")

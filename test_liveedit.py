@@ -1225,9 +1225,9 @@ def test_ten_edits_hold_spread_and_leave_the_rest(trained):
     shares = {}
     for name in data.MAIN_QUERIES:
         queries = [sample.queries[name] for sample in samples[:10]]
-        after = run.answer(editor, queries, 20, 128)
+        after = run.answer(editor, queries, 128)
         with editor.disabled():
-            before = run.answer(editor, queries, 20, 128)
+            before = run.answer(editor, queries, 128)
         triples = zip(queries, before, after, strict=True)
         shares[name] = sum(data.score(name, *triple)[0] for triple in triples) / 10
     editor.reset()
@@ -1943,7 +1943,7 @@ def test_the_update_stream_counts_what_it_says(base, trained, monkeypatch):
     updates = drawn_updates(stream[:8], 2, 0)
     right, wrong = updates[0].sample, updates[1].sample
 
-    def answer(editor, queries, longest, batch_size):
+    def answer(editor, queries, batch_size):
         ids = [edit.id for edit in editor.edits()]
         said = [data.Answer([], [], "x", {i: 1.0}) for i in ids]
         said[right] = said[8] = data.Answer([], [], updates[0].edit.target, {ids[8]: 1.0})
@@ -2222,7 +2222,7 @@ def test_the_tiny_llava_speaks_any_text_is_small_and_answers(base):
         for family in drawn.FAMILIES:
             prompt = rng.choice(drawn.PHRASINGS[family])
             queries.append(data.Query(drawn.Drawing(scene, 77), prompt, scene.answer(family), ()))
-    answers = run.answer(editor, queries, 20, 128)
+    answers = run.answer(editor, queries, 128)
     pairs = zip(answers, queries, strict=True)
     right = [data.normalise(a.generated) == data.normalise(q.target) for a, q in pairs]
     assert sum(right) / len(right) > 0.95, f"only {sum(right)} of {len(right)} right"

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import EditSample
 from liveedit import LiveEdit
-from run import ask_all, judge, longest_answer, question
+from run import ask_all, judge, question
 
 COLUMNS = {
     "reliability": "Rel", "text_generality": "T-Gen", "modal_generality": "M-Gen",
@@ -46,7 +46,7 @@ def trained_editor(model, processor, folder: Path, **changes) -> LiveEdit:
 def ask_before(editor: LiveEdit, stream: list[EditSample], batch_size: int) -> dict:
     """Answer all queries of a stream without edits, by the query's id()."""
     with editor.disabled():
-        return ask_all(editor, stream, longest_answer(editor, stream), batch_size)
+        return ask_all(editor, stream, batch_size)
 
 
 def edit_and_judge(
@@ -54,11 +54,17 @@ def edit_and_judge(
 ) -> list[list[dict]]:
     """Make all edits of a stream and judge all its queries, sample by sample."""
     edits = editor.edit_many([question(sample.edit) for sample in stream], batch_size)
-    after = ask_all(editor, stream, longest_answer(editor, stream), batch_size)
+    after = ask_all(editor, stream, batch_size)
     return [
         judge(sample, edit.id, len(stream), before, after)
         for sample, edit in zip(stream, edits, strict=True)
     ]
+
+
+def percent(values) -> float | None:
+    """Average shares, in per cent."""
+    values = list(values)
+    return 100 * sum(values) / len(values) if values else None
 
 
 def open_results(file: Path, settings: dict) -> dict:

@@ -61,7 +61,7 @@ def main() -> None:
     queries = [query for sample in samples for query in sample.queries.values()]
 
     def ask() -> dict:
-        answers = answer(editor, queries, longest=40, batch_size=64)
+        answers = answer(editor, queries, batch_size=64)
         return {id(query): said for query, said in zip(queries, answers, strict=True)}
 
     before = ask()

@@ -33,7 +33,7 @@ from benchmarks.common import open_results, options_of, table, trained_editor
 from data import Answer, Query
 from drawn import COLORS, SHAPES, drawn_samples, drawn_stream, split_scenes
 from liveedit import LiveEdit, LiveEditConfig
-from run import answer, judge, load_model, longest_answer, question, report_row, set_up_process
+from run import answer, judge, load_model, question, report_row, set_up_process
 
 BATCH = 128
 EDITED = ("reliability", "text_generality", "modal_generality")
@@ -55,9 +55,9 @@ class Unedited:
     def edit(self, edits: list[Query]) -> None:
         """Take further edits, in this order."""
 
-    def answer(self, queries: list[Query], longest: int) -> list[Answer]:
-        """Answer as the method does after its edits, with at most `longest` tokens."""
-        return answer(self.editor, queries, longest, BATCH)
+    def answer(self, queries: list[Query]) -> list[Answer]:
+        """Answer as the method does after its edits."""
+        return answer(self.editor, queries, BATCH)
 
     def reset(self) -> None:
         """Drop all edits."""
@@ -144,8 +144,8 @@ class Lookup(Unedited):
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys])
         self.edits = self.edits + edits
 
-    def answer(self, queries, longest):
-        answers = super().answer(queries, longest)
+    def answer(self, queries):
+        answers = super().answer(queries)
         for said, near in zip(answers, self.nearest(queries), strict=True):
             if near:
                 labels = self.editor.encode(None, "?", near.target)["labels"][0]
@@ -173,14 +173,14 @@ class InContext(Lookup):
         super().__init__(editor, threshold, by)
         self.form = form
 
-    def answer(self, queries, longest):
+    def answer(self, queries):
         asked = []
         for query, near in zip(queries, self.nearest(queries), strict=True):
             if near:
                 parts = {"question": near.prompt, "answer": near.target, "asked": query.prompt}
                 query = replace(query, prompt=self.form.format(**parts))
             asked.append(query)
-        return answer(self.editor, asked, longest, BATCH)
+        return answer(self.editor, asked, BATCH)
 
 
 class FineTuned(Unedited):
@@ -400,9 +400,8 @@ def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]
     teacher-forced and freely; LiveEdit tells its edits too (`explain`), which needs a third pass.
     """
     queries = [query for sample in stream for query in sample.queries.values()]
-    longest = longest_answer(method.editor, stream)
     method.reset()
-    before = told(method, queries, longest)
+    before = told(method, queries)
     rows = []
     for count in counts:
         tested = stream[: max(count, min(100, len(stream) // count * count))]
@@ -414,7 +413,7 @@ def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]
             method.edit([sample.edit for sample in part])
             edited = time.process_time()
             asked = [query for sample in part for query in sample.queries.values()]
-            after = told(method, asked, longest)
+            after = told(method, asked)
             editing += edited - began
             answering += time.process_time() - edited
             number += len(asked)
@@ -427,9 +426,9 @@ def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]
     return rows
 
 
-def told(method: Unedited, queries: list[Query], longest: int) -> dict[int, Answer]:
+def told(method: Unedited, queries: list[Query]) -> dict[int, Answer]:
     """Give the method's answers by the identity of the query."""
-    answers = method.answer(queries, longest)
+    answers = method.answer(queries)
     return {id(query): said for query, said in zip(queries, answers, strict=True)}
 
 

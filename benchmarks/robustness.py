@@ -24,11 +24,11 @@ from PIL import Image, ImageFilter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.common import open_results, options_of, table, trained_editor
+from benchmarks.common import open_results, options_of, percent, table, trained_editor
 from data import Query, normalise
 from drawn import FAMILIES, HELD_OUT, PHRASINGS, Drawing, drawn_stream, open_target, split_scenes
 from liveedit import LiveEdit
-from run import answer, load_model, percent, question
+from run import answer, load_model, question
 
 
 def noise(image: Image.Image, deviation: float) -> Image.Image:
@@ -112,7 +112,7 @@ def share_same(one: list[str], other: list[str]) -> float:
 
 def said(editor: LiveEdit, queries: list[Query]) -> list[str]:
     """Answer freely."""
-    return [one.generated for one in answer(editor, queries, 24, 128)]
+    return [one.generated for one in answer(editor, queries, 128)]
 
 
 def three_of_each(pictures: int, seed: int) -> dict[str, list[Query]]:

@@ -16,10 +16,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import drawn
-from benchmarks.common import COLUMNS, ask_before, open_results, options_of, table, trained_editor
+from benchmarks.common import (
+    COLUMNS,
+    ask_before,
+    open_results,
+    options_of,
+    percent,
+    table,
+    trained_editor,
+)
 from data import EditSample
 from drawn import Scene, drawn_samples, split_scenes
-from run import ask_all, judge, load_model, longest_answer, percent, question, report_row
+from run import ask_all, judge, load_model, question, report_row
 
 # fmt: off
 NEW_COLORS = {
@@ -73,7 +81,7 @@ def main() -> None:
         began, fresh = time.time(), stream[len(editor.experts) : count]
         editor.edit_many([question(sample.edit) for sample in fresh], batch_size)
         editing, began = time.time() - began, time.time()
-        after, judged = ask_all(editor, asked, longest_answer(editor, asked), batch_size), []
+        after, judged = ask_all(editor, asked, batch_size), []
         for sample, edit in zip(asked, editor.edits()[: given.asked], strict=True):
             judged += judge(sample, edit.id, count, before, after)
         row = report_row(count, judged) | {"seconds_per_edit": editing / len(fresh)}

@@ -57,8 +57,7 @@ def evaluate_updates(editor, stream: list[EditSample], options, answer) -> dict:
     ids, fact_of = [edit.id for edit in edits], {}
     for edit_id, query in zip(ids, queries, strict=True):
         fact_of[edit_id] = query.fact
-    longest = 4 + max(len(editor.processor.tokenizer(q.target).input_ids) for q in queries)
-    answers = answer(editor, queries, longest, batch_size)
+    answers = answer(editor, queries, batch_size)
     wrong = [
         bool(said.used) and all(fact_of[edit_id] != query.fact for edit_id in said.used)
         for said, query in zip(answers, queries, strict=True)

@@ -24,11 +24,11 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.common import COLUMNS, ask_before, edit_and_judge, open_results, table
+from benchmarks.common import COLUMNS, ask_before, edit_and_judge, open_results, percent, table
 from benchmarks.lengths import LONGEST, by_length
 from data import EditSample
 from liveedit import LiveEdit
-from run import parse_options, percent, prepare, report_row, set_up_process, summarise, train
+from run import parse_options, prepare, report_row, set_up_process, train
 
 LOSSES = ("reliability", "generality", "locality", "filter", "sigmoid", "softmax")
 ROUND_SHAPES = ("circle", "heart", "crescent", "ring")
@@ -118,7 +118,7 @@ def measure(arguments: list[str], variant: Variant) -> dict:
     row["worlds"] = {}
     for name, (_, asked) in WORLDS.items():
         part = [results for sample, results in zip(stream, judged, strict=True) if asked(sample)]
-        row["worlds"][name] = {"n": len(part), **summarise(sum(part, []), "free_running")}
+        row["worlds"][name] = {"n": len(part), **report_row(0, sum(part, []))["free_running"]}
     return row
 
 
