@@ -160,6 +160,7 @@ class _Noted(threading.local):
 
     call: dict | None = None  # its arguments, until the edit layer runs
     embedded: Tensor | None = None  # the input_ids embedded last (BLIP-2's generate)
+    is_ours: bool = False  # a call that records states, not one to be edited
 
 
 class FrozenModel:
@@ -197,9 +198,7 @@ class FrozenModel:
         for hook in list(self.model._forward_pre_hooks.values()):
             if isinstance(other := getattr(hook, "__self__", None), FrozenModel):
                 other.detach()
-                warnings.warn(
-                    "the editor that was attached is detached now, with its edits", stacklevel=3
-                )
+                warnings.warn("the editor that was attached here is detached", stacklevel=3)
         if self._disabled.get() is None:
             self._disabled.set(False)
         self._edit, head = edit, self.model.get_output_embeddings()
@@ -207,7 +206,7 @@ class FrozenModel:
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             # First of all hooks, so that those that record hidden states see the edited ones.
             self.edit_layer.register_forward_hook(
-                self._after_layer, with_kwargs=True, prepend=True
+                self._after_layer, prepend=True, with_kwargs=True
             ),
             self.model.register_forward_hook(self._after_model, always_call=True),
         ]
@@ -271,7 +270,8 @@ class FrozenModel:
         """Ask the editor for other hidden states."""
         call, self._noted.call = self._noted.call, None
         disabled = self._disabled.get()
-        if self._disabled_blocks if disabled is None else disabled:
+        disabled = self._disabled_blocks > 0 if disabled is None else disabled
+        if disabled or self._noted.is_ours:
             return None
         hidden, cache = hidden_of(output), first_of(kwargs, *CACHES)
         # A cache's length includes this call: a longer one is decoding. Paged caches tell none.
@@ -312,7 +312,7 @@ class FrozenModel:
                 if layer is last:
                     raise _Stop
 
-        with self.disabled(), contextlib.suppress(_Stop), contextlib.ExitStack() as hooks:
+        with contextlib.suppress(_Stop), contextlib.ExitStack() as hooks:
             hook = self.edit_layer.register_forward_hook(after_edit_layer, prepend=True)
             hooks.enter_context(hook)
             for layer in layers:
@@ -324,14 +324,16 @@ class FrozenModel:
         return hidden[0], calls
 
     def _logits(self, inputs: dict) -> Tensor:
-        """Call the whole model for its logits (B, T, vocabulary), within a generation too."""
+        """Call the original model for its logits (B, T, vocabulary), within a generation too."""
         inputs = {key: value for key, value in inputs.items() if key not in NOT_OF_STATES}
         # Qwen-VL keeps what its last prefill found about positions for the decoding steps.
         kept = {m: m.rope_deltas for m in self.model.modules() if hasattr(m, "rope_deltas")}
+        self._noted.is_ours = True
         try:
             with plain_mode(inputs["input_ids"].device):
                 return self.model(**inputs, use_cache=False).logits
         finally:
+            self._noted.is_ours = False
             for module, value in kept.items():
                 module.rope_deltas = value
 
@@ -351,9 +353,7 @@ class FrozenModel:
 
     def check_replay(self, states: States, inputs: dict) -> None:
         """Compare the layers above, called one by one, with what the model makes of the inputs."""
-        answers = states.masks.answer[:, 1:]
-        with self.disabled():
-            logits = self._logits(inputs)[:, :-1]
+        answers, logits = states.masks.answer[:, 1:], self._logits(inputs)[:, :-1]
         own = logits[answers.to(logits.device)].to(states.hidden.device)
         tolerance = 1e-4 if own.dtype == torch.float32 else 1e-2
         with plain_mode(states.hidden.device):
@@ -629,8 +629,9 @@ class InputFormat:
             return inputs
         shown = kept if mask is None else kept & mask.bool()
         # Earlier pictures stay, in front and unseen: what the model reads of them comes in order.
-        unseen = torch.where(self._shows_picture(ids), 0, 2)
-        order = torch.where(shown, 1, unseen).argsort(dim=1, stable=True)
+        earlier = self._shows_picture(ids) & ~shown
+        order = torch.where(earlier, 0, 2).masked_fill(shown, 1).argsort(dim=1, stable=True)
+        shown, earlier = shown.gather(1, order), earlier.gather(1, order)
         alone = {}
         for key, value in inputs.items():
             if isinstance(value, Tensor) and value.shape[:2] == ids.shape:
@@ -638,12 +639,16 @@ class InputFormat:
                 value = value.gather(1, index.expand(value.shape))
             if key != "position_ids":  # the model makes its own from the mask
                 alone[key] = value
-        shown = shown.gather(1, order)
         alone["attention_mask"] = shown.long()
-        padding = ~shown & ~self._shows_picture(alone["input_ids"])
-        alone["input_ids"] = alone["input_ids"].masked_fill(padding, self.tokenizer.pad_token_id)
+        unseen, padding = ~shown & ~earlier, self.tokenizer.pad_token_id
+        alone["input_ids"] = alone["input_ids"].masked_fill(unseen, padding)
         if labels is not None:
             alone["labels"] = labels.gather(1, order).masked_fill(~shown, IGNORE)
+        make = getattr(getattr(self.model, "model", None), "get_rope_index", None)
+        if make is not None and earlier.any():  # Qwen-VL would count the unseen pictures
+            known = {k: v for k, v in inputs.items() if k in inspect.signature(make).parameters}
+            positions = make(**known)[0]
+            alone["position_ids"] = positions.gather(-1, order.expand_as(positions))
         return alone
 
     def _shows_picture(self, ids: Tensor) -> Tensor:

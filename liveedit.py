@@ -179,7 +179,7 @@ class LiveEdit(nn.Module):
             remedy = "train it with training_losses or run.py, or load one with from_pretrained"
             raise RuntimeError(f"this editor was never trained, its experts are noise: {remedy}")
         for question in questions:
-            if not isinstance(question, (list, tuple)) or len(question) != 3 or question[0] is None:
+            if not isinstance(question, (list, tuple)) or not 3 <= len(question) <= 4:
                 raise TypeError(f"an edit is (image, prompt, target), not {question!r}")
         return [Question(*question) for question in questions]
 

@@ -1058,26 +1058,23 @@ def test_cached_states_train_like_fresh_ones_whenever_a_step_is_taken(base):
         assert value.item() == pytest.approx(losses[1][name].item(), rel=1e-3, abs=1e-4), name
 
 
-def test_a_batch_of_triples_contradicts_nowhere_and_all_make_experts(base):
-    editor, seen = strong_editor(*base), []
+def test_a_triple_holds_the_queries_of_its_samples_row_by_row(base):
+    editor = strong_editor(*base)
     samples = training_set(editor, 2, samples=60)
-    samples.joined, capture = 3, samples.capture
-    samples.kept = [(chosen, None) for chosen in samples.triples]  # to see which are taken
-    for step in range(2 * len(samples.triples)):
-        triples, _ = samples.batch(step)
-        assert len(triples) == 3 == len({tuple(chosen) for chosen in triples})
-        chosen = [samples.samples[i] for triple in triples for i in triple]
-        facts = {sample.edit.fact for sample in chosen}
-        assert len(facts) == 6 and not any(facts & s.untouched_facts() for s in chosen)
-        seen.append(tuple(triples[0]))
-    assert sorted(seen) == sorted(2 * [tuple(chosen) for chosen in samples.triples])
-    edits, generality, locality = capture(samples.triples[0])[0]
-    for i, number in enumerate(samples.triples[0]):
-        target = editor.processor.decode(edits.labels[i][edits.labels[i] >= 0])
-        assert target.replace("</s>", "").strip() == samples.samples[number].edit.target
-        same = generality.labels[i][generality.labels[i] >= 0]
-        assert same.tolist() == edits.labels[i][edits.labels[i] >= 0].tolist()
-    assert not torch.equal(locality.hidden[:, :9], edits.hidden[:, :9])
+
+    def targets(states) -> list[str]:
+        rows = [editor.processor.decode(row[row >= 0]) for row in states.labels]
+        return [row.replace("</s>", "").strip() for row in rows]
+
+    for chats in (0.0, 1.0):
+        samples.chats = chats
+        chosen = samples.batches.triples[0]
+        edits, generality, locality = samples.capture(chosen)[0]
+        wanted = [samples.samples[i].edit.target for i in chosen]
+        assert targets(edits) == targets(generality) == wanted != targets(locality)
+        longer = generality.hidden.shape[1] - edits.hidden.shape[1]
+        assert (longer > 36) == bool(chats)  # by another picture and what is said of it
+        assert generality.masks.image.sum(1).tolist() == [36, 36]
 
 
 def test_editing_losses_are_the_models_own_and_a_kl_divergence(base):
@@ -1273,6 +1270,7 @@ TILES |= {"supported_aspect_ratios": [[1, 1], [1, 2]]}
 WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
 SOFTCAP = {"model_type": "gemma2", "final_logit_softcapping": 1.0}
 PATCHES = {"patch_size": 4}
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 3}
 DEEPSTACK = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
 FAMILIES = {  # what its decoder, its tower and the whole have beside
     "llava": ({}, {}, {"image_seq_length": 4}),
@@ -1289,6 +1287,7 @@ FAMILIES = {  # what its decoder, its tower and the whole have beside
     "smolvlm": ({}, {}, {}),
     "mistral3": ({}, PATCHES, {}),
     "mllama": ({"cross_attention_layers": [1, 4]}, TILES, {}),
+    "lfm2_vl": (CONVOLUTIONS, {"num_patches": 16, "vision_use_head": False}, {}),
 }
 
 
@@ -1339,6 +1338,10 @@ def prepared(name: str, rows: int, answer: int = 3) -> dict:
         extra["image_grid_thw"] = torch.tensor([[1, 4, 4]] * rows)
     elif name == "mistral3":
         extra["image_sizes"] = torch.tensor([[16, 16]] * rows)
+    elif name == "lfm2_vl":
+        extra = {"pixel_values": torch.randn(rows, 16, 192)}
+        extra["spatial_shapes"] = torch.tensor([[4, 4]] * rows)
+        extra["pixel_attention_mask"] = torch.ones(rows, 16, dtype=torch.long)
     elif name == "mllama":
         image, extra = [IMAGE], {"pixel_values": torch.randn(rows, 1, 2, 3, 16, 16)}
         extra["aspect_ratio_ids"] = torch.tensor([[2]] * rows)
@@ -1418,6 +1421,50 @@ def test_the_laws_hold_for_each_family(family):
     editor.reset()
     assert_same(logits_of(editor, inputs), original)
     assert len(model._forward_pre_hooks) == 1 and not editor.detach()._forward_pre_hooks
+
+
+def behind_another_picture(name: str, inputs: dict) -> dict:
+    """The same questions behind an example: another picture and two words."""
+    ids, other = inputs["input_ids"], prepared(name, len(inputs["input_ids"]))
+    length = int((ids[0] == IMAGE).nonzero()[-1]) + 1
+    length += int(name.startswith("qwen"))  # with the token that closes it
+    two = {}
+    for key, value in inputs.items():
+        if value.shape[:2] == ids.shape:
+            fill = {"input_ids": 20, "attention_mask": 1, "labels": -100}.get(key, 0)
+            words = torch.full((len(ids), 2, *value.shape[2:]), fill, dtype=value.dtype)
+            two[key] = torch.cat([value[:, :length], words, value], 1)
+            if key == "cross_attention_mask":  # a token sees the last picture before it
+                sees = torch.arange(two[key].shape[1]) >= length + 2
+                columns = torch.stack([~sees, sees], 1)[None, :, :, None]
+                two[key] = columns.expand(len(ids), -1, -1, 2).long()
+        elif name in ("idefics3", "smolvlm", "mllama"):  # pictures of a row
+            two[key] = torch.cat([other[key], value], 1)
+        else:  # one after another
+            both = torch.stack([other[key], value]).unflatten(1, (len(ids), -1))
+            two[key] = both.transpose(0, 1).flatten(0, 2)
+    return two
+
+
+@torch.no_grad()
+def test_a_question_is_about_the_last_picture_before_it_in_each_family(family):
+    name, model = family
+    if name == "blip-2":
+        return  # it reads one picture
+    editor, inputs = strong_editor(model, None, module_dim=32), prepared(name, 2)
+    editor._format.tokenizer = AutoProcessor.from_pretrained(TINY).tokenizer
+    editor._format._openings = [], [], []  # no chats, but an example before the question
+    editor.edit_inputs(inputs, [(picture(i), f"question {i}", "answer") for i in range(2)])
+    one, two = inputs, behind_another_picture(name, inputs)
+    for a, b in zip(editor.explain(one), editor.explain(two), strict=True):
+        assert [used["id"] for used in a] == [used["id"] for used in b]
+        for x, y in zip(a, b, strict=True):
+            assert x["similarity"] == pytest.approx(y["similarity"], abs=1e-4)
+            assert x["weight"] == pytest.approx(y["weight"], abs=1e-4)
+    with editor.disabled():
+        original = answers_of(two, logits_of(editor, two))
+    assert not torch.allclose(answers_of(two, logits_of(editor, two)), original, atol=1e-2)
+    editor.detach()
 
 
 def test_training_sees_the_very_model_in_each_family(family):
@@ -1830,21 +1877,25 @@ def test_the_drawn_benchmark_keeps_its_promises():
         drawn.drawn_stream(5000, 0)
 
 
-def test_batches_contradict_nowhere_and_use_all_samples():
-    samples, seen = drawn.drawn_training(2500, 0), set()
-    batches = data.consistent_batches(samples, 32, random.Random(0))
-    for _ in range(120):
-        batch = next(batches)
-        facts = {samples[i].edit.fact for i in batch}
-        assert len(set(batch)) == 32 == len(facts)
-        assert not any(facts & samples[i].untouched_facts() for i in batch)
-        seen |= set(batch)
-    assert len(seen) > 2400
-    few = samples[:100] + samples[:1] * 9  # one fact ten times
-    batches = data.consistent_batches(few, 32, random.Random(0))
-    assert all(len(next(batches)) == 32 for _ in range(300))
-    with pytest.raises(ValueError, match="contradict"):
-        next(data.consistent_batches([samples[0]] * 5, 2, random.Random(0)))
+def test_steps_contradict_nowhere_and_use_all_samples():
+    samples, first, together = drawn.drawn_training(2500, 0), set(), set()
+    batches = data.Batches(samples, 16, 2, "seed")
+    for number in range(len(batches.triples)):
+        numbers = batches.step(number)
+        chosen = [i for n in numbers for i in batches.triples[n]]
+        facts = {samples[i].edit.fact for i in chosen}
+        assert len(numbers) == 2 and len(set(chosen)) == 32 == len(facts)
+        assert not any(facts & samples[i].untouched_facts() for i in chosen)
+        first |= set(batches.triples[numbers[0]])
+        together.add(tuple(numbers))
+        assert numbers == batches.step(number)
+    assert len(first) > 2400 and len(together) == len(batches.triples)
+    again = batches.step(len(batches.triples))  # a second round joins other triples
+    assert again[0] == batches.step(0)[0] and again != batches.step(0)
+    assert data.Batches(samples, 16, 2, "other").triples != batches.triples
+    for few in ([samples[0]] * 5, samples[:1]):
+        with pytest.raises(ValueError, match="contradict"):
+            data.Batches(few, 2, 1, "seed")
 
 
 RECORD = {"src": "What is it?", "pred": "cat", "alt": "dog", "rephrase": "Name it."}
@@ -2134,10 +2185,10 @@ def save_and_keep_the_second(file, editor, optimizers, progress):
 
 run.save_checkpoint = save_and_keep_the_second
 options = run.parse_options(sys.argv[1:])
-with run.all_processes(options.device):
-    torch.manual_seed(options.seed)
-    editor, samples, _ = run.prepare(options)
-    run.train(editor, samples, options)
+run.join_processes(options.device)
+torch.manual_seed(options.seed)
+editor, samples, _ = run.prepare(options)
+run.train(editor, samples, options)
 torch.save(editor.state_dict(), options.out / f"{run.RANK}.pt")
 """
 
@@ -2147,16 +2198,14 @@ def torchrun(*arguments) -> list[str]:
     return [*line, *map(str, arguments)]
 
 
-def test_two_processes_train_as_one_that_averages_their_gradients(tmp_path):
+def test_two_processes_train_as_one_that_averages_their_gradients(tmp_path, monkeypatch):
     (tmp_path / "worker.py").write_text(WORKER)
     arguments = ["--edits", "5", "--train-samples", "30", "--batch-size", "4", "--out", tmp_path]
     environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    trained = {}
+    go, trained = {"capture_output": True, "text": True, "cwd": HERE, "timeout": 200}, {}
     for steps in (1, 4):
         line = torchrun(tmp_path / "worker.py", *arguments, "--train-steps", steps)
-        result = subprocess.run(
-            line, capture_output=True, text=True, cwd=HERE, env=environment, timeout=200
-        )
+        result = subprocess.run(line, env=environment, **go)
         assert result.returncode == 0, result.stderr
         (tmp_path / run.CHECKPOINT).unlink()
         trained[steps], other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
@@ -2164,20 +2213,20 @@ def test_two_processes_train_as_one_that_averages_their_gradients(tmp_path):
     options = run.parse_options([*map(str, arguments), "--train-steps", "1"])
     torch.manual_seed(0)
     editor, samples, _ = run.prepare(options)
-    run.fit_norms(editor, samples, options)
+    some = [[run.question(q) for q in s.queries.values() if q.image] for s in samples]
+    editor.standardise([editor.capture(asked) for asked in some])
     optimizers, gradients = run.make_optimizers(editor, options.learning_rate), []
     for rank in (0, 1):
-        if rank:
-            torch.manual_seed(rank)
-        batches = data.consistent_batches(samples[rank::2], 4, random.Random(rank))
-        training_set = run.TrainingSet(editor, samples[rank::2], options.eval_batch_size)
-        editor.zero_grad()
-        editor.training_losses(*training_set.batch(next(batches)))["total"].backward()
+        monkeypatch.setattr(run, "RANK", rank)
+        training_set = run.TrainingSet(editor, samples[rank::2], options)
+        torch.manual_seed(rank)
+        editor.training_losses(*training_set.batch(0))["total"].backward()
         gradients.append([parameter.grad for parameter in editor.parameters()])
         editor.zero_grad()
     for parameter, first, second in zip(editor.parameters(), *gradients, strict=True):
         parameter.grad = (first + second) / 2
-    run.cut_gradients(editor)
+    for part in (editor.generator, editor.router, editor.norm):
+        torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] *= run.rate_factor(0, 1, small=True)
         optimizer.step()
@@ -2187,7 +2236,7 @@ def test_two_processes_train_as_one_that_averages_their_gradients(tmp_path):
 
     (tmp_path / "second").replace(tmp_path / run.CHECKPOINT)
     line = torchrun(tmp_path / "worker.py", *arguments, "--train-steps", 4, "--resume")
-    subprocess.run(line, check=True, capture_output=True, cwd=HERE, env=environment, timeout=200)
+    subprocess.run(line, env=environment, check=True, **go)
     resumed = torch.load(tmp_path / "1.pt")
     assert all(torch.equal(resumed[name], trained[4][name]) for name in resumed)
 
@@ -2197,7 +2246,7 @@ def test_two_processes_report_what_one_does(small_run, tmp_path):
     line = torchrun(HERE / "run.py", *given)
     result = subprocess.run(line, capture_output=True, text=True, cwd=HERE, timeout=200)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("before editing") == 2  # the first process alone prints
+    assert result.stdout.count("free-running") == 1  # the first process alone prints
     rows = zip(metrics_of(tmp_path)["rows"], metrics_of(small_run)["rows"], strict=True)
     assert all(a[way] == b[way] for a, b in rows for way in ("teacher_forced", "free_running"))
 
