@@ -297,10 +297,11 @@ class Shares(NamedTuple):
     open: float  # of all edits
     novel_names: float  # of those that are neither open nor about captions
     doubled: float = 0.0  # of the open ones, two in one: long answers
+    repeated: float = 0.0  # of the open ones, those that say a word twice: the hardest
 
 
 EVAL_SHARES = Shares(open=0.4, novel_names=0.5)
-TRAINING_SHARES = Shares(open=0.6, novel_names=0.65, doubled=0.3)
+TRAINING_SHARES = Shares(open=0.6, novel_names=0.65, doubled=0.3, repeated=0.15)
 
 
 def edit_target(
@@ -312,6 +313,8 @@ def edit_target(
         if rng.random() < shares.doubled:
             longer = f"{target} {open_target(rng, held_out)}"
             target = longer if len(longer) <= DOUBLED_LENGTH else target
+        if rng.random() < shares.repeated:
+            target = f"{target} {rng.choice(target.split())}"
         return "open", target
     if family == "caption":
         return "captions", _pick(scenes, rng, scene, 2).answer("caption")

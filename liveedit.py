@@ -369,7 +369,7 @@ class LiveEdit(nn.Module):
             target, before = (None if given is None else [given] for given in (target, before))
         given = [values for values in (image, prompt, target, before) if values is not None]
         is_list = [isinstance(values, (list, tuple)) for values in given]
-        if len(given) < 2 or not all(is_list) or len({len(values) for values in given}) > 1:
+        if not prompt or not all(is_list) or len({len(values) for values in given}) > 1:
             raise ValueError("encode takes one image, prompt and target, or a list of each")
         return self._format.encode(image, prompt, target, before)
 

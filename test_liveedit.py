@@ -5,6 +5,7 @@ Laws are tested with an untrained editor whose filter keeps everything: its expe
 loud. Behaviour is tested with an editor trained here for some seconds.
 """
 
+import asyncio
 import contextlib
 import copy
 import io
@@ -18,6 +19,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -706,6 +709,48 @@ def test_threads_ask_edit_and_forget_at_once(editor):
     assert_same(logits_of(editor, inputs), original)
 
 
+def test_disabled_holds_for_its_block_and_for_threads_but_for_no_other_request(editor):
+    editor.edit_many(questions(2))
+    inputs, said = editor.encode(picture(), QUESTIONS[0]), {}
+    edited = logits_of(editor, inputs)
+    with editor.disabled():
+        original = logits_of(editor, inputs)
+        threading.Thread(target=lambda: said.update(thread=logits_of(editor, inputs))).start()
+        while "thread" not in said:
+            time.sleep(0.01)
+
+    async def disabled():
+        with editor.disabled():
+            said["executor"] = await asyncio.to_thread(logits_of, editor, inputs)
+            await asyncio.sleep(0.1)
+            said["own"] = logits_of(editor, inputs)
+
+    async def other():
+        await asyncio.sleep(0.05)
+        said["other"] = logits_of(editor, inputs)
+        said["other executor"] = await asyncio.to_thread(logits_of, editor, inputs)
+
+    async def both():
+        await asyncio.gather(disabled(), other())
+
+    asyncio.run(both())
+    for name in ("thread", "executor", "own"):
+        assert_same(said[name], original)
+    for name in ("other", "other executor"):
+        assert_same(said[name], edited)
+
+
+def test_paged_caches_are_left_alone_or_refused(editor):
+    image, text = editor.encode(picture(), QUESTIONS[0]), editor.encode(None, TEXT)
+    hidden = torch.zeros(*image["input_ids"].shape, 128)
+    paged = SimpleNamespace()  # tells no length
+    assert editor._edited(hidden, image, paged, False) is None
+    editor.edit_many(questions(1))
+    assert editor._edited(hidden, text | {"cache": paged}, paged, False) is None
+    with pytest.raises(RuntimeError, match="continuous batching"):
+        editor._edited(hidden, image | {"cache": paged}, paged, False)
+
+
 # -------------------------------------------------------------------------------------- edits
 
 
@@ -741,9 +786,11 @@ def test_the_router_never_sees_answer_tokens(editor):
     plain = editor.explain(editor.encode(picture(), QUESTIONS[0]))[0]
     assert len(plain) == 4 and plain == sorted(plain, key=lambda used: -used["weight"])
     for target in ("heart", "a longer answer of words"):
-        used = editor.explain(editor.encode(picture(), QUESTIONS[0], target))[0]
-        for a, b in zip(used, plain, strict=True):
-            assert a["id"] == b["id"] and a["weight"] == pytest.approx(b["weight"], abs=1e-5)
+        inputs = editor.encode(picture(), QUESTIONS[0], target)
+        bare = {key: value for key, value in inputs.items() if key != "labels"}
+        for used in (editor.explain(inputs)[0], editor.explain(bare)[0]):
+            for a, b in zip(used, plain, strict=True):
+                assert a["id"] == b["id"] and a["weight"] == pytest.approx(b["weight"], abs=1e-5)
     assert set(plain[0]) == {"id", "prompt", "target", "similarity", "threshold", "weight"}
     inputs = editor.encode([picture(0), picture(1)], QUESTIONS[:2], ["heart", "a longer answer"])
     kept = int((inputs["labels"] != -100).any(0).sum()) + 1
@@ -824,6 +871,25 @@ def test_a_new_editor_takes_the_place_of_one_that_nobody_holds(base, tmp_path):
     assert_same(logits_of(editor, inputs), edited)
     editor.detach()
     assert all(parameter.requires_grad for parameter in base[0].parameters())
+
+
+def test_who_saves_and_loads_at_once_finds_whole_files(base, tmp_path):
+    savers, failed = [strong_editor(load_tiny(), base[1]) for _ in range(2)], []
+    savers[1].edit_many(questions(3))
+    savers[0].save_pretrained(tmp_path)
+
+    def save(editor):
+        for _ in range(12):
+            editor.save_pretrained(tmp_path)
+
+    with ThreadPoolExecutor(2) as pool:
+        jobs, model = [pool.submit(save, editor) for editor in savers], load_tiny()
+        while not all(job.done() for job in jobs):
+            loaded = LiveEdit.from_pretrained(model, base[1], tmp_path)
+            failed += [loaded] * (len(loaded.edits()) not in (0, 3))
+            loaded.detach()
+        assert not failed and not [job.result() for job in jobs if job.result()]
+    assert [file.name for file in tmp_path.iterdir()] == [liveedit.EDITOR_FILE]
 
 
 def test_experts_alone_travel_to_the_same_editor_and_to_no_other(base, tmp_path):
@@ -997,6 +1063,31 @@ def test_chats_are_recognised_by_the_template(base, monkeypatch):
         editor = strong_editor(model, processor)
         assert [processor.tokenizer.decode(o) for o in editor._format._openings[1:]] == opening
         editor.detach()
+
+
+def test_the_editor_reads_the_picture_that_the_processor_shows(base, tmp_path):
+    model, processor = base
+    editor, pictures = strong_editor(model, processor), [picture().convert("P")]
+    cut_out = picture().convert("RGBA")
+    cut_out.putalpha(picture(3).convert("L"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    for i, image in enumerate((cut_out, cut_out.convert("LA"), picture().convert("L"))):
+        image.save(tmp_path / f"{i}.png")
+        pictures += [image, data.ImageFile(tmp_path / f"{i}.png").open()]
+    picture().crop((0, 0, 96, 60)).save(tmp_path / "turned.jpg", exif=exif)
+    cut_out.save(tmp_path / "moving.gif", save_all=True, append_images=[picture(2)])
+    pictures += [Image.open(tmp_path / name) for name in ("turned.jpg", "moving.gif")]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}],
+        add_generation_prompt=True,
+    )
+    for image in pictures:
+        wanted = processor(images=image, text=text, return_tensors="pt")
+        for given in (image, [image]):
+            made = editor.encode([given], ["What?"])
+            assert_same(made["pixel_values"], wanted["pixel_values"])
+            assert_same(made["input_ids"], wanted["input_ids"])
 
 
 def test_prompt_styles_and_lists(base):
@@ -1724,9 +1815,8 @@ CONFIG_VALUES = {
     **dict.fromkeys(SETTINGS, NO_COUNTS),
     "similarity": ("l2", "", None, 3),
     "prompt_style": ("x", None),
-    "gain": (0, -1.0, math.nan, math.inf, "1", None),
-    "threshold": ("0.5", math.nan, 2.0, -1.1, True),
-    "layer": (1.5, "3", True),
+    "gain": (0, -1.0, math.nan),
+    "threshold": (math.nan, math.inf),
 }
 LISTS = (([picture()], ["a", "b"]), ([], []), (picture(), ["a"]), (None, None))
 LISTS += (([picture()], ["a"], []), ([picture()], ["a"], "x"))
@@ -1739,12 +1829,9 @@ LAST = (
 )
 CHANGED = {b'rank\\": 4': b'rank\\": 8', b'gain\\": 8.0': b'gain\\": 1.0'}
 CHANGES = {
-    "no inputs": (lambda i: None, "input_ids"),
-    "no labels": (lambda i: i | {"labels": None}, "labels"),
-    "short labels": (lambda i: i | {"labels": i["labels"][:1]}, "labels"),
+    "no labels": (lambda i: {k: v for k, v in i.items() if k != "labels"}, "labels"),
     "empty labels": (lambda i: i | {"labels": torch.full_like(i["labels"], -100)}, "labels"),
-    "one row": (lambda i: {k: v[:1] for k, v in i.items()}, "2 edits for 1 rows"),
-    "mask shape": (lambda i: i | {"attention_mask": i["attention_mask"][:, 1:]}, "attention_mask"),
+    "one row": (lambda i: {k: v[:1] for k, v in i.items()}, "of 2 experts must be"),
     "NaN pixels": (lambda i: i | {"pixel_values": i["pixel_values"] * math.nan}, "not finite"),
 }
 # (what, the values tried, call(editor, value or folder), what the refusal names; None: it works)
@@ -1760,6 +1847,9 @@ HOSTILE = [
     ("edit prompt", NO_TEXTS, lambda h, v: h.edit(picture(), v, "a"), "prompt"),
     ("edit target", NO_TEXTS, lambda h, v: h.edit(picture(), "What?", v), "target"),
     ("token in prompt", TOKENS, lambda h, v: h.edit(picture(), v, "a"), "image token"),
+    ("half a letter", ("yes \ud83d",), lambda h, v: h.edit(picture(), "W?", v), "half a letter"),
+    ("token in front", ("<image>\nW?",), lambda h, v: h.edit(picture(), v, "a"), None),
+    ("list of one", ([picture()],), lambda h, v: h.edit(v, "What?", "a"), None),
     ("huge prompt", HUGE, lambda h, v: h.edit(picture(), v, "a"), "too many"),
     ("odd prompt", ODD_TEXTS, lambda h, v: h.edit(picture(), v, "a"), None),
     ("lists", LISTS, lambda h, v: h.encode(*v), "one length|list"),
@@ -1767,9 +1857,8 @@ HOSTILE = [
     ("last edit", LAST, lambda h, v: h.edit_many([*questions(3), v]), "image|prompt|target"),
     ("nothing", ([], ()), lambda h, v: h.edit_many(v), None),
     ("no list", (None, 3, True), lambda h, v: h.edit_many(v), "not iterable"),
-    ("batch size", NO_COUNTS, lambda h, v: h.edit_many(questions(1), batch_size=v), "batch_size"),
     ("capture", ([], ()), lambda h, v: h.capture(v), "at least one"),
-    ("explain", ({}, {"input_ids": 3}), lambda h, v: h.explain(v), "input_ids"),
+    ("explain", ({},), lambda h, v: h.explain(v), "input_ids"),
     ("forget", (0, -1, 99, "1", None, 2**70), lambda h, v: h.forget(v), "no edit with id"),
     ("compiled", FOLDER, lambda h, v: LiveEdit(torch.compile(h.model)), "compiled"),
     ("text model", FOLDER, lambda h, v: LiveEdit(h.model.get_decoder()), "image_token_id"),
@@ -1922,7 +2011,9 @@ def published(root: Path, name: str, records, training=None) -> Path:
 
 @pytest.mark.parametrize("name", data.BENCHMARKS)
 def test_published_benchmarks_are_read_as_they_are(tmp_path, name):
-    root = published(tmp_path, name, [RECORD | (PORT if "onehop" in name else {})])
+    marked = {"src": "<image>\n" + RECORD["src"], "m_loc_q": RECORD["m_loc_q"] + "\n<image>"}
+    record = RECORD | (PORT if "onehop" in name else {}) | marked
+    root = published(tmp_path, name, [record])
     files = data.benchmark_files(name, root)
     (plain,), (official,) = (data.read_records(*files[1:], form) for form in (None, name))
     assert (data.PORTABILITY in plain.queries) == ("onehop" in name)
@@ -1946,6 +2037,9 @@ MALFORMED = [
     ([RECORD | {"port_new": [{"port_q": "?"}]}], "record 0 lacks port_a"),
     ([RECORD | {"image": "no.png"}], r"missing pictures.*\(1\).*no.png"),
     ([RECORD | {"m_loc": "bad.png"}], r"decoded \(1\).*bad.png"),
+    ([RECORD, RECORD | {"src": "a <image> b"}], r"eval.json, record 1: .*holds the image token"),
+    ([RECORD | {"alt": "yes \ud83d"}], "record 0: .*half a letter"),
+    ([RECORD | {"loc_ans": "word " * 600}], "record 0: .*too many"),
 ]
 
 
@@ -1984,6 +2078,20 @@ def test_metrics_are_their_definitions():
     assert data.score("reliability", query, before, after) == (0.5, 1.0)
     assert data.score("same_image", query, before, after) == (0.5, 0.0)
     assert data.score("same_image", query, before, same) == (1.0, 1.0)
+    wrong = {
+        "A": ("", "the", "B"),
+        "3.5": ("35", "3,5"),
+        "-3": ("3",),
+        "1/2": ("12",),
+        ".5": ("5",),
+    }
+    wrong |= {"C++": ("C#", "C"), "+": ("-", ""), "12.5%": ("125", "12.5"), "?": ("", "!")}
+    right = {"A": "a.", "The cat": "cat", "yes": "Yes!", "1,000": "1000", "it's": '"It\'s"'}
+    for target, answers in wrong.items():
+        for said in answers:
+            assert data.normalise(target) != data.normalise(said), (target, said)
+    for target, said in right.items():
+        assert data.normalise(target) == data.normalise(said), (target, said)
 
 
 def test_the_update_stream_counts_what_it_says(base, trained, monkeypatch):
@@ -2167,8 +2275,17 @@ def test_an_interrupted_training_resumes_exactly(tmp_path, capsys, monkeypatch):
         (tmp_path / "damaged").write_bytes(damaged)
         with pytest.raises(ValueError, match="no checkpoint"):
             run.load_checkpoint(tmp_path / "damaged", None, [], {})
+    other = load_tiny()
+    other.model.language_model.layers[3].self_attn.q_proj.weight.data *= 1.1
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "load_model", lambda *_: (other, AutoProcessor.from_pretrained(TINY)))
+        assert "on another model" in refusal(capsys, *arguments, here, "--resume")
     run.main([*arguments, here, "--resume"])
-    run.main([*arguments, str(tmp_path / "b")])
+    with monkeypatch.context() as patch:  # no checkpoint can be written
+        patch.setattr(run, "CHECKPOINT_SECONDS", -1)
+        patch.setattr(run.torch, "save", Mock(side_effect=RuntimeError("unexpected pos")))
+        run.main([*arguments, str(tmp_path / "b")])
+    assert "training.pt could not be written: unexpected pos" in capsys.readouterr().err
     interrupted, whole = (metrics_of(tmp_path / out) for out in "ab")
     assert interrupted["training"]["losses"] == whole["training"]["losses"]
     assert interrupted["rows"] == whole["rows"]
@@ -2249,6 +2366,13 @@ def test_two_processes_report_what_one_does(small_run, tmp_path):
     assert result.stdout.count("free-running") == 1  # the first process alone prints
     rows = zip(metrics_of(tmp_path)["rows"], metrics_of(small_run)["rows"], strict=True)
     assert all(a[way] == b[way] for a, b in rows for way in ("teacher_forced", "free_running"))
+
+
+def test_any_text_is_printed_on_any_console():
+    line = [sys.executable, "-c", "import run; run.set_up_process(); print('\u732b')"]
+    environment = os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run(line, capture_output=True, text=True, cwd=HERE, env=environment)
+    assert result.stdout == "\\u732b\n", result
 
 
 def test_readme_python_runs():
