@@ -313,7 +313,7 @@ def edit_target(
         if rng.random() < shares.doubled:
             longer = f"{target} {open_target(rng, held_out)}"
             target = longer if len(longer) <= DOUBLED_LENGTH else target
-        if rng.random() < shares.repeated:
+        if shares.repeated and rng.random() < shares.repeated:
             target = f"{target} {rng.choice(target.split())}"
         return "open", target
     if family == "caption":
