@@ -88,12 +88,10 @@ def fingerprint(model: nn.Module) -> Tensor:
     weights = [model.get_input_embeddings().weight]
     for layer in find_decoder_layers(model)[0]:
         weights.append(next(p for p in layer.parameters() if p.dim() == 2))
-    found = torch.zeros(len(weights), 16)
+    found = torch.full((len(weights), 16), torch.nan)  # what is quantised or offloaded is not read
     for i, weight in enumerate(weights):
         if type(weight.data) is Tensor and weight.is_floating_point() and not weight.is_meta:
             found[i, : len(weight)] = weight[:16, 0].detach().float()
-        else:  # quantised, or offloaded: not to be read
-            found[i] = torch.nan
     return found
 
 
@@ -407,10 +405,8 @@ class InputFormat:
         """
         if self.tokenizer is None:
             raise RuntimeError("this editor has no processor: use edit_inputs and capture_inputs")
-        texts, pictures = [], []
-        for image, prompt, turns in zip(
-            images, prompts, before or [()] * len(prompts), strict=True
-        ):
+        texts, pictures, before = [], [], before or [()] * len(prompts)
+        for image, prompt, turns in zip(images, prompts, before, strict=True):
             said, shown = [], []
             for picture, text, answer in (*turns, (image, prompt, None)):
                 said.append((self.checked_text(text, "prompt"), picture is not None))
@@ -436,12 +432,9 @@ class InputFormat:
         if targets is not None:
             targets = [self.checked_text(target, "target") for target in targets]
             inputs = self._append_targets(inputs, texts, targets)
-        text_config, length = (
-            self.model.config.get_text_config(),
-            inputs["input_ids"].shape[1] + spare,
-        )
-        most = getattr(text_config, "max_position_embeddings", None) or length
-        if length > most:
+        length = inputs["input_ids"].shape[1] + spare
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if most and length > most:
             longest = max(prompts, key=len)[:40]
             raise ValueError(f"{length} tokens are too many for {most} positions: {longest!r}...")
         device, dtype = device_of(self.model.get_input_embeddings()), self.model.dtype
@@ -560,7 +553,7 @@ class InputFormat:
     @cached_property
     def _end_token(self) -> int:
         """The token that ends an answer: one at which `generate` stops."""
-        config, own = getattr(self.model, "generation_config", None), self.tokenizer.eos_token_id
+        own, config = self.tokenizer.eos_token_id, getattr(self.model, "generation_config", None)
         ends = getattr(config, "eos_token_id", None)
         ends = ends if isinstance(ends, list) else [own if ends is None else ends]
         # An end that begins texts is a leftover of another tokenizer.

@@ -116,20 +116,19 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     machine("--eval-batch-size", type=positive, help="questions per pass outside of training")
     machine("--seed", type=int, default=0, help="of training and stream (default 0)")
     options = parser.parse_args(arguments)
-    of_training = [n for n in ("layer", "rank", "similarity", *PAPER) if getattr(options, n)]
-    if options.editor and (of_training or options.resume):
-        name = (of_training or ["resume"])[0].replace("_", "-")
-        parser.error(f"--{name} belongs to a training, but --editor is trained")
+    checkpoint, of_training = options.out / CHECKPOINT, ("layer", "rank", "similarity", *PAPER)
+    for name in of_training if options.editor else ():
+        if getattr(options, name) is not None:
+            name = name.replace("_", "-")
+            parser.error(f"--{name} belongs to a training, but --editor is trained")
     if options.editor and options.editor.resolve() == (options.out / "editor").resolve():
         parser.error(f"--out {options.out} would overwrite the edits in --editor")
     if options.prompt_style == "official" and options.data not in data.BENCHMARKS:
         parser.error(f"--prompt-style official needs --data, one of {', '.join(data.BENCHMARKS)}")
-    checkpoint = options.out / CHECKPOINT
-    if options.resume and not checkpoint.is_file():
-        parser.error(f"there is no training to resume: {checkpoint} does not exist")
+    if options.resume and (options.editor or not checkpoint.is_file()):
+        parser.error(f"--resume continues a training that was interrupted, {checkpoint}")
     if checkpoint.exists() and not (options.resume or options.editor or options.dry_run):
-        told = f"{checkpoint} is an interrupted training"
-        parser.error(f"{told}: --resume it, delete it or change --out")
+        parser.error(f"{checkpoint} is an interrupted training: --resume it, or delete it")
     try:
         torch.empty(0, device="cpu" if options.device == "auto" else options.device)
     except (RuntimeError, AssertionError) as error:
@@ -179,22 +178,22 @@ def check_texts(form: InputFormat, samples: list[EditSample]) -> None:
     data.complain("texts that the model cannot read", faults)
 
 
-def load_processor(name: str):
-    """Load a model's processor by the plain Hugging Face way."""
-    try:
-        return AutoProcessor.from_pretrained(SHORT_NAMES.get(name, name))
-    except (ImportError, AttributeError) as error:  # from deep inside, where a package is missing
-        package = "needs a package that is not installed, usually torchvision"
-        raise RuntimeError(f"the processor of {name} {package}: {error}") from error
-
-
 def load_model(name: str, device: str = "auto", dtype: str = "auto"):
     """Load model and processor by the plain Hugging Face way."""
-    processor = load_processor(name)
+    name, processor = SHORT_NAMES.get(name, name), load_processor(name)
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(SHORT_NAMES.get(name, name), dtype=dtype)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     return model.to(device).eval(), processor
+
+
+def load_processor(name: str):
+    """Load a model's processor. Raises RuntimeError if a package is missing."""
+    try:
+        return AutoProcessor.from_pretrained(SHORT_NAMES.get(name, name))
+    except (ImportError, AttributeError) as error:  # from deep inside
+        package = "needs a package that is not installed, usually torchvision"
+        raise RuntimeError(f"the processor of {name} {package}: {error}") from error
 
 
 def config_for(model, options: argparse.Namespace) -> LiveEditConfig:
