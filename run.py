@@ -303,7 +303,7 @@ class TrainingSet:
         self.joined = options.batch_size // self.size
         # Share of the triples whose generality queries are asked in a chat, behind others: there
         # later tokens of an answer are said from other states.
-        self.chats = 0.33 if options.data is None else 0.0
+        self.chats = 0.5 if options.data is None else 0.0
         self.batches, self.epoch, self.kept = self.shuffled(0), 0, []
         row = self.capture(self.batches.triples[0])[0][0].hidden[0]
         if 3 * row.nbytes * len(samples) * 1.5 < CACHE_BYTES:
