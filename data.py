@@ -51,7 +51,7 @@ class Query:
     that fact and of no other.
     """
 
-    image: "ImageFile | None"  # or whatever else opens as a picture, as drawn.Drawing does
+    image: ImageFile | None  # or whatever else opens as a picture, as drawn.Drawing does
     prompt: str
     target: str
     fact: tuple
@@ -112,8 +112,9 @@ class Batches:
         numbers = list(range(len(self.triples)))
         random.Random(f"{self.seed} {number}").shuffle(numbers)
         for other in numbers:
-            chosen = [i for n in (*together, other) for i in self.triples[n]]
-            if len(together) < self.joined and self.agree(chosen):
+            if len(together) == self.joined:
+                break
+            if self.agree([i for n in (*together, other) for i in self.triples[n]]):
                 together.append(other)
         return together
 
@@ -125,7 +126,7 @@ OPENING_MARKS, CLOSING_MARKS = "\"'`([{¿¡“‘", ".,;:!?\"'`)]}…”’"
 
 def normalise(text: str) -> str:
     """Drop case, articles, marks around words and commas between thousands, but never all."""
-    words = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower()).split()
+    words = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.lower()).split()
     bare = [word.lstrip(OPENING_MARKS).rstrip(CLOSING_MARKS) for word in words]
     bare = [word for word in bare if word]
     return " ".join([word for word in bare if word not in ("a", "an", "the")] or bare or words)
@@ -278,7 +279,7 @@ def check_pictures(samples: list[EditSample]) -> int:
     for path in paths:
         try:
             ImageFile(path).open()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        except Exception:  # PIL's readers raise all kinds
             broken.append(str(path))
     complain("pictures that cannot be decoded", broken)
     return len(paths)

@@ -89,7 +89,6 @@ class Question(NamedTuple):
     image: Image.Image | None
     prompt: str
     target: str | None = None
-    before: Sequence = ()  # the (image, prompt, answer) said before it in the same chat
 
 
 class Route(NamedTuple):
@@ -179,7 +178,7 @@ class LiveEdit(nn.Module):
             remedy = "train it with training_losses or run.py, or load one with from_pretrained"
             raise RuntimeError(f"this editor was never trained, its experts are noise: {remedy}")
         for question in questions:
-            if not isinstance(question, (list, tuple)) or not 3 <= len(question) <= 4:
+            if not isinstance(question, (list, tuple)) or len(question) != 3:
                 raise TypeError(f"an edit is (image, prompt, target), not {question!r}")
         return [Question(*question) for question in questions]
 
@@ -208,7 +207,7 @@ class LiveEdit(nn.Module):
         for name in self.experts.shapes:
             tensors[name] = torch.cat([experts[name] for experts in made])
         with self._lock:
-            for edit_id, (_, prompt, target, _) in enumerate(questions, self.experts.next_id):
+            for edit_id, (_, prompt, target) in enumerate(questions, self.experts.next_id):
                 edits.append(Edit(edit_id, prompt, target, now))
             self.experts.add(tensors, edits)
         return edits
@@ -341,6 +340,8 @@ class LiveEdit(nn.Module):
         Each is a dict of id, prompt, target, similarity, threshold and weight.
         """
         report: list[list[dict]] = [[] for _ in inputs["input_ids"]]
+        if not len(self.experts):
+            return report
         hidden, _ = self.frozen.record(inputs, above=False)
         self._follow(hidden.device)
         with self._lock:
@@ -373,15 +374,17 @@ class LiveEdit(nn.Module):
             raise ValueError("encode takes one image, prompt and target, or a list of each")
         return self._format.encode(image, prompt, target, before)
 
-    def capture(self, questions: Sequence, above: bool = True) -> States:
+    def capture(
+        self, questions: Sequence, above: bool = True, before: Sequence | None = None
+    ) -> States:
         """Run the frozen lower layers once for questions with targets, all with images or none.
 
-        above: see `capture_inputs`.
+        above: see `capture_inputs`; before: see `encode`.
         """
-        questions = [Question(*question) for question in questions]
         if not questions:
             raise ValueError("capture needs at least one question")
-        return self.capture_inputs(self.encode(*map(list, zip(*questions, strict=True))), above)
+        images, prompts, targets = map(list, zip(*questions, strict=True))
+        return self.capture_inputs(self.encode(images, prompts, targets, before), above)
 
     def capture_inputs(self, inputs: dict, above: bool = True) -> States:
         """Run the frozen lower layers once on inputs prepared elsewhere, with `labels`.

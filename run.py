@@ -164,15 +164,16 @@ def load_samples(options: argparse.Namespace) -> tuple[list[EditSample], list[Ed
     return train, stream
 
 
-def check_texts(form: InputFormat, samples: list[EditSample]) -> None:
-    """Raise ValueError that names the records whose texts the model cannot read."""
-    asked, faults = samples[0].edit, []
-    ids = form.encode([asked.image.open()], [asked.prompt], None)["input_ids"]
-    picture = int((ids == form.image_token_id).sum())
+def check_texts(form: InputFormat, samples: list[EditSample], spare: int) -> None:
+    """Raise ValueError that names the records whose texts the model cannot read.
+
+    spare: tokens of a picture, which must fit in too.
+    """
+    faults = []
     for sample in samples:
         try:
             for query in sample.queries.values():
-                form.encode([None], [query.prompt], [query.target], spare=picture)
+                form.encode([None], [query.prompt], [query.target], spare=spare)
         except ValueError as error:
             faults.append(f"{sample.source}: {error}")
     data.complain("texts that the model cannot read", faults)
@@ -238,10 +239,13 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
     samples, stream = load_samples(options)
     if options.data:
         form = InputFormat(empty, load_processor(options.model), options.prompt_style)
-        check_texts(form, samples + stream)
+        check_texts(form, samples + stream, spare=config.sentinel_tokens)
     if samples:
-        options.batch_size = min(options.batch_size, len(samples) // PROCESSES)
-        options.expert_batch_size = min(options.expert_batch_size, options.batch_size)
+        own = samples[::PROCESSES]  # of the first process
+        options.expert_batch_size = min(options.expert_batch_size, options.batch_size, len(own))
+        options.batch_size = min(options.batch_size, len(own))
+        options.batch_size -= options.batch_size % options.expert_batch_size
+        data.Batches(own, options.expert_batch_size, 1, "check")  # raises if there are none
     print(f"{type(empty).__name__} {name}")
     if not options.editor:
         print(f"a new editor at edit layer {config.layer}: {config}")
@@ -303,22 +307,25 @@ class TrainingSet:
         self.joined = options.batch_size // self.size
         # Share of the triples whose generality queries are asked in a chat, behind others: there
         # later tokens of an answer are said from other states.
-        self.chats = 0.5 if options.data is None else 0.0
-        self.batches, self.epoch, self.kept = self.shuffled(0), 0, []
+        chats = options.data is None and getattr(editor.processor, "chat_template", None)
+        self.chats = 0.5 if chats else 0.0
+        self.shuffle(epoch=0)
         row = self.capture(self.batches.triples[0])[0][0].hidden[0]
         if 3 * row.nbytes * len(samples) * 1.5 < CACHE_BYTES:
             bar = bar_of(self.batches.triples, desc="training states")
             self.kept = [self.capture(chosen) for chosen in bar]
 
-    def shuffled(self, epoch: int) -> data.Batches:
-        """Put the samples into batches."""
-        return data.Batches(self.samples, self.size, self.joined, f"{self.seed} {epoch}")
+    def shuffle(self, epoch: int) -> None:
+        """Put the samples into batches, other ones in each epoch."""
+        self.epoch, self.kept = epoch, []
+        seed = f"{self.seed} {epoch}"
+        self.batches = data.Batches(self.samples, self.size, self.joined, seed)
 
     def batch(self, step: int) -> tuple[list[Triple], Rows | None]:
         """Give the triples of a step and the rows of their text-only prompts, always the same."""
-        epoch = step // len(self.batches.triples)
+        epoch = step // (len(self.samples) // self.size)
         if not self.kept and epoch != self.epoch:
-            self.batches, self.epoch = self.shuffled(epoch), epoch
+            self.shuffle(epoch)
         numbers, triples = self.batches.step(step), self.batches.triples
         made = [self.kept[n] if self.kept else self.capture(triples[n]) for n in numbers]
         texts = [rows for _, rows in made if rows is not None]
@@ -327,20 +334,20 @@ class TrainingSet:
     def capture(self, chosen: list[int]) -> tuple[Triple, Rows | None]:
         """Run the lower layers for one triple of samples, with one query of each of ROLES."""
         samples, asked = [self.samples[i] for i in chosen], []
-        rng = random.Random(f"{self.seed} query {chosen[0]}")
+        rng = random.Random(f"{self.seed} {self.epoch} query {chosen[0]}")
         for role in ROLES:
             names = [[name for name in role if name in sample.queries] for sample in samples]
             queries = [s.queries[rng.choice(n)] for s, n in zip(samples, names, strict=True)]
             asked.append([question(query) for query in queries])
-        if rng.random() < self.chats:
-            pairs = zip(asked[1], asked[2], strict=True)
-            asked[1] = [edit._replace(before=[other[:3]]) for edit, other in pairs]
-        roles = tuple(map(self.editor.capture, asked))
+        edits, generality, locality = asked
+        before = [[other] for other in locality] if rng.random() < self.chats else None
+        capture = self.editor.capture
+        triple = capture(edits), capture(generality, before=before), capture(locality)
         texts = [s.queries["text_locality"] for s in samples if "text_locality" in s.queries]
         if not texts:
-            return roles, None
-        text = self.editor.capture([question(query) for query in texts], above=False)
-        return roles, Rows.gather(text.hidden.float(), text.masks.prompt)
+            return triple, None
+        text = capture([question(query) for query in texts], above=False)
+        return triple, Rows.gather(text.hidden.float(), text.masks.prompt)
 
 
 def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.Optimizer]:
@@ -358,6 +365,15 @@ def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.
     return optimizers
 
 
+def cut_gradients(editor: LiveEdit) -> None:
+    """Cut gradients to norm 1, each part's on its own: large ones would silence the router's.
+
+    Differs from the paper, which does not cut them.
+    """
+    for part in (editor.generator, editor.router, editor.norm):
+        torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
+
+
 def rate_factor(step: int, steps: int, small: bool) -> float:
     """Compute the learning rate's factor: the paper's cut, or a warm-up and a cosine."""
     if not small:
@@ -365,14 +381,16 @@ def rate_factor(step: int, steps: int, small: bool) -> float:
     return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def save_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: dict) -> None:
-    """Write all that the next step depends on; a failed save is told, and the older one stays."""
+def save_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: dict) -> str:
+    """Write all that the next step depends on; tell what became of it. An older one stays."""
     content = progress | {"editor": editor.state_dict()}
     content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     try:
         write_whole(file, partial(torch.save, content))
     except OSError as error:
         print(f"run.py: {error}", file=sys.stderr)
+        return str(error)
+    return f"--resume continues from {file}"
 
 
 def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: dict) -> dict:
@@ -412,9 +430,10 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
         editor.standardise([editor.capture(asked, above=False) for asked in some])
     for parameter in editor.parameters() if PROCESSES > 1 else ():
         dist.broadcast(parameter.data, src=0)
-    samples, start = samples[RANK::PROCESSES], time.time() - progress["seconds"]
-    training_set, prepared = TrainingSet(editor, samples, options), time.time()
-    saved, interrupts = time.time(), []
+    samples, began = samples[RANK::PROCESSES], time.time()
+    training_set = TrainingSet(editor, samples, options)
+    prepared, start = time.time() - began, began - progress["seconds"]
+    saved, told, interrupts = time.time(), "", []
     usual = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # not within a step
     bar = bar_of(total=options.train_steps, initial=progress["step"], desc="training the editor")
     try:
@@ -429,25 +448,22 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
             for parameter in editor.parameters() if PROCESSES > 1 else ():
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= PROCESSES
-            # Differs from the paper: gradients are cut to norm 1, each part's on its own, or large
-            # ones would silence the router's.
-            for part in (editor.generator, editor.router, editor.norm):
-                torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
+            cut_gradients(editor)
             for optimizer in optimizers:
                 optimizer.step()
             progress["step"], progress["seconds"] = step + 1, time.time() - start
             note_losses(progress, losses, bar, every=max(1, min(100, options.train_steps // 10)))
             interrupted = any_of_all(bool(interrupts))
             if not RANK and (interrupted or time.time() - saved > CHECKPOINT_SECONDS):
-                save_checkpoint(file, editor, optimizers, progress)
-                saved = time.time()
-            if interrupted and any_of_all(True):  # when it is saved
-                sys.exit(f"interrupted after step {step + 1}; --resume continues from {file}")
+                told, saved = save_checkpoint(file, editor, optimizers, progress), time.time()
+            if interrupted:
+                any_of_all(True)  # none ends before the first has saved
+                sys.exit(f"interrupted after step {step + 1}; {told}")
     finally:
         signal.signal(signal.SIGINT, usual)
     editor.trained_steps = options.train_steps
     trained = {"steps": options.train_steps, "samples": len(samples)}  # of this process
-    trained |= {"seconds": progress["seconds"], "seconds_hidden_states": prepared - start}
+    trained |= {"seconds": progress["seconds"], "seconds_hidden_states": prepared}
     trained["trained_parameters"] = sum(parameter.numel() for parameter in editor.parameters())
     return trained | {"losses": progress["log"]}
 
@@ -484,7 +500,7 @@ def answer(editor: LiveEdit, queries: list[Query], batch_size: int) -> list[Answ
 
 def answer_batch(editor: LiveEdit, queries: list[Query]) -> list[Answer]:
     """Ask a batch of queries that all have a picture or all have none, by plain calls."""
-    images, prompts, targets, _ = map(list, zip(*map(question, queries), strict=True))
+    images, prompts, targets = map(list, zip(*map(question, queries), strict=True))
     inputs = editor.encode(images, prompts, targets)
     labels, shape = inputs["labels"], inputs["input_ids"].shape
     tail = int((labels != IGNORE).any(0).sum())  # columns of answers, behind the prompts
@@ -619,7 +635,7 @@ def set_up_process() -> None:
 
 def peak_memory() -> str:
     """Tell the peak memory of the GPU, or else of this process."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
     try:
         import resource
@@ -652,23 +668,25 @@ def main(arguments: list[str] | None = None) -> None:
         editor.save_pretrained(options.out / "editor")
     except OSError as error:  # the results are not lost with it
         print(f"run.py: the edits were not saved: {error}", file=sys.stderr)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     metrics = {"options": named, "config": asdict(editor.config), "seed": options.seed}
     metrics |= {"versions": versions | {"python": sys.version.split()[0]}, "training": trained}
+    metrics |= cost | {"seconds": time.time() - start, "peak_memory": peak_memory(), "rows": rows}
+    (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
     print("\n" + table(rows) + "\n")
-    with contextlib.suppress(ImportError):  # two extras, where benchmarks/ is at hand
+    if (Path(__file__).parent / "benchmarks").is_dir():  # two extras, not needed for the report
         from benchmarks.figure import draw_edits
         from benchmarks.updates import evaluate_updates, updates_table
 
         draw_edits(stream, predictions, options.out / "edits.png")
         if options.data is None and len(stream) >= 5:
             metrics["updates"] = evaluate_updates(editor, stream, options, answer)
+            metrics["seconds"] = time.time() - start
+            (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
             print(updates_table(metrics["updates"]))
-    metrics |= cost | {"seconds": time.time() - start, "peak_memory": peak_memory(), "rows": rows}
-    (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     per_edit = f"{cost['seconds_per_edit'] * 1000:.1f} ms, {cost['bytes_per_edit'] / 1024:.1f} KiB"
     minutes = f"{(time.time() - start) / 60:.1f} minutes in all; everything in {options.out}/"
     print(f"{per_edit} per edit; peak memory {peak_memory()}; {minutes}")

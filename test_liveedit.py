@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -443,23 +442,22 @@ def test_detached_and_disabled_are_bit_equal_and_foreign_hooks_survive(base):
         handle.remove()
 
 
-def test_exceptions_and_interrupts_leave_no_route_behind(editor):
+def test_exceptions_and_interrupts_leave_nothing_behind(editor):
     editor.edit_many(questions(2))
-    inputs, other = editor.encode(picture(), QUESTIONS[0]), editor.encode(None, TEXT)
-    with editor.disabled():
-        original = logits_of(editor, other)
+    inputs, other = editor.encode(picture(), QUESTIONS[0]), editor.encode(picture(1), QUESTIONS[2])
+    expected = logits_of(editor, other)
     layers = backbone.find_decoder_layers(editor.model)[0]
+    calls = [lambda: logits_of(editor, inputs), lambda: editor.explain(inputs)]
+    calls.append(lambda: editor.edit_many(questions(1)))
     for error in (ValueError, KeyboardInterrupt):
-        for place in (1, 5):  # below and above the edit layer
-
-            def fail(*_, error=error):
-                raise error
-
-            handle = layers[place].register_forward_hook(fail)
-            with pytest.raises(error):
-                logits_of(editor, inputs)
-            handle.remove()
-            assert_same(logits_of(editor, other), original)
+        for layer in (layers[1], editor.frozen.edit_layer):
+            for call in calls:
+                with layer.register_forward_hook(Mock(side_effect=error), prepend=True):
+                    with pytest.raises(error):
+                        call()
+                assert_same(logits_of(editor, other), expected)
+                with pytest.raises(RuntimeError, match="whole model"):  # of no earlier call
+                    editor.model.get_decoder()(inputs_embeds=torch.zeros(1, 9, 128))
 
 
 def test_without_edits_nothing_is_refused(editor):
@@ -579,19 +577,6 @@ def test_a_second_call_never_sees_the_first_ones_route(editor):
     for i in (1, 0):
         assert_same(editor.model(input_ids=token, past_key_values=forked[i]).logits, expected[i])
         assert_same(logits_of(editor, pairs[i]), fresh[i])
-    longer = {k: F.pad(v, (0, 1), value=5) if v.dim() == 2 else v for k, v in pairs[1].items()}
-    anew = logits_of(editor, longer, use_cache=True)
-    logits_of(editor, pairs[0] | {"pixel_values": pairs[1]["pixel_values"]}, use_cache=False)
-    assert_close(logits_of(editor, longer, use_cache=False), anew, 1e-4)  # another prompt
-
-
-def test_a_prompt_that_is_asked_again_is_routed_again(editor):
-    inputs = editor.encode(picture(), QUESTIONS[0])
-    original = logits_of(editor, inputs, use_cache=False)
-    more = {key: F.pad(inputs[key], (0, 1), value=1) for key in ("input_ids", "attention_mask")}
-    logits_of(editor, inputs | more, use_cache=False)  # a generation that ends here
-    editor.edit_many(questions(2))
-    assert not torch.equal(logits_of(editor, inputs, use_cache=False), original)
 
 
 def test_a_generation_that_has_begun_is_not_touched(editor):
@@ -715,9 +700,9 @@ def test_disabled_holds_for_its_block_and_for_threads_but_for_no_other_request(e
     edited = logits_of(editor, inputs)
     with editor.disabled():
         original = logits_of(editor, inputs)
-        threading.Thread(target=lambda: said.update(thread=logits_of(editor, inputs))).start()
-        while "thread" not in said:
-            time.sleep(0.01)
+        thread = threading.Thread(target=lambda: said.update(thread=logits_of(editor, inputs)))
+        thread.start()
+        thread.join()
 
     async def disabled():
         with editor.disabled():
@@ -1139,14 +1124,24 @@ def test_training_reaches_all_of_the_editor_and_nothing_of_the_model(base, simil
 
 def test_cached_states_train_like_fresh_ones_whenever_a_step_is_taken(base):
     editor, losses = strong_editor(*base), []
-    for cached in (True, False):
-        samples = training_set(editor, 2, cached, samples=8)
-        for step in (2, 0, 2):
+    for cached, steps in ((True, (0,)), (False, (0,)), (False, (9, 30, 0)), (False, (9,))):
+        samples = training_set(editor, 2, cached, samples=30)
+        samples.batches.joined = samples.joined = 2
+        for step in steps:
             batch = samples.batch(step)
         torch.manual_seed(3)
         losses.append(editor.training_losses(*batch))
-    for name, value in losses[0].items():
-        assert value.item() == pytest.approx(losses[1][name].item(), rel=1e-3, abs=1e-4), name
+        assert len(batch[0]) == 2
+    for other, alike in ((1, True), (2, True), (3, False)):
+        for name, value in losses[0].items():
+            close = value.item() == pytest.approx(losses[other][name].item(), rel=1e-3, abs=1e-4)
+            assert close == alike or not alike and value == 0, name
+    batches = [training_set(editor, 2, False, samples=30) for _ in range(2)]
+    for step in (14, 15, 16, 40):  # a second epoch puts other samples together
+        batches[0].batch(step)
+    batches[1].batch(40)
+    assert batches[0].batches.triples == batches[1].batches.triples
+    assert batches[0].epoch == 40 // 15
 
 
 def test_a_triple_holds_the_queries_of_its_samples_row_by_row(base):
@@ -1226,7 +1221,6 @@ def test_what_cannot_be_trained_is_refused(base):
     refused = [
         ("two edits", (one, one, one)),
         ("as many", (two, two, one)),
-        ("as many", (two, two)),
         ("without an image", (two, two, text)),
         ("above=False", (editor.capture(questions(2), above=False),) * 3),
     ]
@@ -1715,13 +1709,6 @@ def test_encode_follows_the_processors_of_other_families(name, tmp_path):
     edited = logits_of(editor, text)
     with editor.disabled():
         assert_same(edited, logits_of(editor, text))
-
-
-def test_layer_outputs_as_tensor_and_as_tuple():
-    hidden, other = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
-    assert backbone.hidden_of(hidden) is hidden and backbone.hidden_of((hidden, 1)) is hidden
-    assert backbone.with_hidden(hidden, other) is other
-    assert backbone.with_hidden((hidden, 1), other) == (other, 1)
 
 
 def edit_and_answer(model, processor) -> torch.Tensor:
@@ -2216,18 +2203,17 @@ def test_the_main_job_runs_on_benchmark_files(tmp_path):
     options += ["--eval-batch-size", 7, "--blend", "--dtype", "float16", "--device", "cpu"]
     result = command("--data", folder, *small, *options, "--seed", 3, "--out", tmp_path / "a")
     assert result.returncode == 0, result.stderr
-    assert "gradients above the edit layer are scaled" in result.stdout
     metrics = metrics_of(tmp_path / "a")
     assert metrics["rows"][-1]["edits"] == 6 and metrics["seed"] == 3
     assert {name: metrics["config"][name] for name in given} == given
-    assert not metrics["config"]["newest_wins"] and metrics["training"]["expert_batch_size"] == 2
+    assert not metrics["config"]["newest_wins"] and metrics["options"]["batch_size"] == 2
     evaluation = [record | PORT for record in SIX]
     training = [record | {"src": f"Who is it, {i}?"} for i, record in enumerate(evaluation)]
     root = published(tmp_path / "VLKEB", "vlkeb-onehop", evaluation, training)
-    more = ["--data-root", root, "--prompt-style", "official", "--exclude-leaks"]
+    more = ["--data-root", root, "--prompt-style", "official"]
     result = command("--data", "vlkeb-onehop", *more, *small, "--out", tmp_path / "b")
     assert result.returncode == 0, result.stderr
-    assert "18 locality questions" in result.stdout and "Port" in result.stdout
+    assert "Port" in result.stdout
     metrics = metrics_of(tmp_path / "b")
     assert metrics["rows"][-1]["free_running"]["portability"] is not None
     assert metrics["config"]["prompt_style"] == "official"

@@ -37,7 +37,6 @@ from drawn import drawn_samples, split_scenes
 from liveedit import LiveEdit, LiveEditConfig, Question
 from router import Rows
 
-EVAL_BATCH = 4  # questions per forward pass, run.py's for this width
 TOKENS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 
 
@@ -144,7 +143,7 @@ def main() -> None:
 
 def paper_steps(editor: LiveEdit, steps: int = 4) -> dict:
     """Time training steps of the paper's batch, of edits with the queries that E-VQA has."""
-    options, batch_size = run.parse_options([]), run.PAPER["batch_size"]
+    options, batch_size = run.parse_options(["--out", "output/full_size"]), run.PAPER["batch_size"]
     for name, value in run.PAPER.items():
         setattr(options, name, value)
     samples = drawn_samples(batch_size * (steps + 1), split_scenes()[0], "full size", False)

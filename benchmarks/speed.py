@@ -116,7 +116,10 @@ def straightforward_step(editor: LiveEdit, samples: list) -> None:
 def training_speed(editor: LiveEdit, batch_size: int, steps: int = 5) -> dict:
     """Compare samples per second, lower layers included; ours computes the routing losses too."""
     editor.reset()
-    samples, options = drawn_training(batch_size * steps, 0), parse_options([])
+    samples, options = (
+        drawn_training(batch_size * steps, 0),
+        parse_options(["--out", "output/speed"]),
+    )
     options.batch_size = options.expert_batch_size = batch_size
     few = samples[: max(4, batch_size // 4)]
 
@@ -126,7 +129,7 @@ def training_speed(editor: LiveEdit, batch_size: int, steps: int = 5) -> dict:
             editor.training_losses(*training_set.batch(step))["total"].backward()
 
     straightforward_step(editor, few)  # warm
-    ours = len(samples) / statistics.median(seconds(train_batched) for _ in range(3))
+    ours = batch_size * steps / statistics.median(seconds(train_batched) for _ in range(3))
     plain = partial(straightforward_step, editor, few)
     theirs = len(few) / statistics.median(seconds(plain) for _ in range(3))
     return {"samples_per_second": ours, "straightforward": theirs, "ratio": ours / theirs}
