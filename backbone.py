@@ -120,11 +120,12 @@ def row_masks(
     labels: Tensor | None,
     image_token_id: int,
     special_ids: Tensor,
+    asks: Tensor | None = None,
 ) -> RowMasks:
     """Find the image, prompt and answer rows of input_ids (B, T).
 
     Answer rows are those whose label is not -100. Prompt rows are the other tokens behind the first
-    image, or, where none follow, all text tokens but the leading special ones.
+    image, or, where none of them asks (B, T), all text tokens but the leading special ones.
     """
     attended = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
@@ -134,7 +135,8 @@ def row_masks(
     text = attended & ~image & ~answer
     behind = text & (image.cumsum(1) > 0)
     leading = (torch.isin(input_ids, special_ids) | ~attended).cumprod(1).bool()
-    prompt = torch.where(behind.any(1, keepdim=True), behind, text & ~leading)
+    asking = behind if asks is None else behind & asks
+    prompt = torch.where(asking.any(1, keepdim=True), behind, text & ~leading)
     return RowMasks(image, prompt, answer)
 
 
@@ -147,6 +149,7 @@ class States(NamedTuple):
     # (args, kwargs) of each layer above, as the model passes them for this very batch: layers
     # differ in masks and position embeddings (Gemma 3).
     calls: tuple = ()
+    alone: "States | None" = None  # of the last question asked alone, where these are of a chat
 
 
 class _Stop(Exception):
@@ -166,12 +169,9 @@ class FrozenModel:
 
     def __init__(self, model: nn.Module, layer: int):
         layers, self.norm = find_decoder_layers(model)
-        self.model, self.layer, self.inner = model, layer, None
+        self.model, self.layer = model, layer
         self.edit_layer, self.layers_above = layers[layer], layers[layer + 1 :]
-        for part in (model.get_decoder(), getattr(model, "language_model", None)):
-            # BLIP-2's `generate` passes by the top-level forward, and calls that of an inner model.
-            if part is not model and hasattr(part, "generate"):
-                self.inner = part
+        self._edit: Callable | None = None
         self._handles: list = []
         self._wanted: list[nn.Parameter] = []  # parameters that wanted gradients before attach
         self._noted = _Noted()
@@ -210,10 +210,11 @@ class FrozenModel:
         ]
         if head is not None:
             self._handles.append(head.register_forward_pre_hook(_dense_input))
-        if self.inner is not None:
+        if hasattr(self.model.get_decoder(), "generate"):
+            # BLIP-2's `generate` passes by the top-level forward and calls that of an inner model,
+            # which sees embeddings only.
             embeddings = self.model.get_input_embeddings()
-            before = self.inner.register_forward_pre_hook(self._before_inner, with_kwargs=True)
-            self._handles += [before, embeddings.register_forward_pre_hook(self._before_embedding)]
+            self._handles.append(embeddings.register_forward_pre_hook(self._before_embedding))
         self._wanted = [p for p in self.model.parameters() if p.requires_grad]
         self.model.requires_grad_(False)
 
@@ -247,34 +248,30 @@ class FrozenModel:
 
     def _after_model(self, *_) -> None:
         """Leave nothing behind of a call that failed below the edit layer."""
-        self._noted.call = None
+        self._noted.call = self._noted.embedded = None
 
     def _before_embedding(self, embedding: nn.Module, args: tuple) -> None:
         self._noted.embedded = args[0] if args else None
 
-    def _before_inner(self, inner: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Note the arguments of an inner model, whose embeddings are of the ids embedded last."""
-        ids, call, self._noted.embedded = self._noted.embedded, self._noted.call, None
-        if call is not None and ids is not None and call.get("input_ids") is ids:
-            return  # within a call of the top-level model
-        call = arguments_of(inner, args, kwargs)
-        embeddings = call.get("inputs_embeds")
-        if call.get("input_ids") is None and ids is not None and embeddings is not None:
-            if ids.shape[1] == embeddings.shape[1]:  # beams repeat each row
-                call["input_ids"] = ids.repeat_interleave(len(embeddings) // len(ids), 0)
-        self._noted.call = call
-
     def _after_layer(self, layer: nn.Module, args: tuple, kwargs: dict, output):
         """Ask the editor for other hidden states."""
-        call, self._noted.call = self._noted.call, None
-        disabled = self._disabled.get()
-        disabled = self._disabled_blocks > 0 if disabled is None else disabled
-        if disabled or self._noted.is_ours:
-            return None
+        call, ids = self._noted.call, self._noted.embedded
+        self._noted.call = self._noted.embedded = None
         hidden, cache = hidden_of(output), first_of(kwargs, *CACHES)
+        if call is None and ids is not None and ids.shape[1] == hidden.shape[1]:
+            call = {"input_ids": ids.repeat_interleave(len(hidden) // len(ids), 0)}  # of beams
         # A cache's length includes this call: a longer one is decoding. Paged caches tell none.
         length = getattr(cache, "get_seq_length", None)
         decoding = length is not None and int(length()) > hidden.shape[1]
+        disabled = self._disabled.get()
+        if disabled is None and decoding:  # what a plain thread has begun goes on as it is
+            disabled = getattr(cache, "liveedit_disabled", False)
+        elif disabled is None:
+            disabled = self._disabled_blocks > 0
+        if cache is not None and not decoding:
+            cache.liveedit_disabled = disabled
+        if disabled or self._noted.is_ours:
+            return None
         changed = self._edit(hidden, call, cache, decoding)
         return None if changed is None else with_hidden(output, changed)
 
@@ -283,7 +280,7 @@ class FrozenModel:
         """Embed tokens (n,) as the model reads them before any layer, (n, D)."""
         embeddings = self.model.get_input_embeddings()
         embedded = embeddings(tokens.to(device_of(embeddings))).float().to(tokens.device)
-        self._noted.embedded = None  # this was no call of an inner model
+        self._noted.embedded = None  # this was no call of the model
         return embedded
 
     def record(self, inputs: dict, above: bool) -> tuple[Tensor, list[tuple]]:
@@ -572,16 +569,18 @@ class InputFormat:
         Raises RuntimeError where nothing tells the prompt from what was generated.
         """
         ids, mask, labels = self._per_token(inputs)
-        special = torch.tensor(sorted(self._special_ids), device=ids.device)
-        masks = row_masks(ids, mask, labels, self.image_token_id, special)
-        rows, device_of_ids = _unanswered(ids, labels), {"device": ids.device}
-        asked = torch.tensor([self._last_question(tokens) for tokens in rows], **device_of_ids)
-        ends = torch.tensor([self._answer_begins(tokens) for tokens in rows], **device_of_ids)
-        if labels is None and inputs.get("use_cache") is False and (ends > ids.shape[1]).any():
+        rows, column = _unanswered(ids, labels), torch.arange(ids.shape[1], device=ids.device)
+        asked = torch.tensor([self._last_question(tokens) for tokens in rows], device=ids.device)
+        opens = torch.tensor([self._answer_opens(tokens) for tokens in rows], device=ids.device)
+        if labels is None and inputs.get("use_cache") is False and (opens > ids.shape[1]).any():
             reason = "without a KV cache and a chat template, what was generated looks like prompt"
             raise RuntimeError(f"{reason}: generate with the cache, or pass labels")
-        asked_only = asked & (torch.arange(ids.shape[1], **device_of_ids) < ends[:, None])
-        found = masks.image & asked, masks.prompt & asked_only, masks.answer
+        said = column >= opens[:, None] + len(self._openings[2])
+        special = torch.tensor(sorted(self._special_ids), device=ids.device)
+        shown = asked if mask is None else asked & mask.bool()
+        in_question = column < opens[:, None]
+        masks = row_masks(ids, shown, labels, self.image_token_id, special, in_question)
+        found = masks.image, masks.prompt & ~said, masks.answer
         return RowMasks(*(mask.to(device) for mask in found))
 
     def _per_token(self, inputs: dict) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -600,10 +599,11 @@ class InputFormat:
     def _special_ids(self) -> set[int]:
         text = self.model.config.get_text_config()
         if self.tokenizer is None:
-            ids = {text.bos_token_id, text.eos_token_id, text.pad_token_id}
+            ends = text.eos_token_id
+            ids = [text.bos_token_id, text.pad_token_id, *(ends if type(ends) is list else [ends])]
         else:
             added = self.tokenizer.added_tokens_decoder.items()
-            ids = {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+            ids = [*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)]
         return {i for i in ids if isinstance(i, int)}
 
     def asked_alone(self, inputs: dict) -> dict:
@@ -630,7 +630,7 @@ class InputFormat:
             if isinstance(value, Tensor) and value.shape[:2] == ids.shape:
                 index = order.reshape(order.shape + (1,) * (value.dim() - 2))
                 value = value.gather(1, index.expand(value.shape))
-            if key != "position_ids":  # the model makes its own from the mask
+            if key != "position_ids":  # they are of the whole chat
                 alone[key] = value
         alone["attention_mask"] = shown.long()
         unseen, padding = ~shown & ~earlier, self.tokenizer.pad_token_id
@@ -657,18 +657,26 @@ class InputFormat:
         pictures = set(self._shows_picture(torch.tensor(tokens)).nonzero().flatten().tolist())
         if not pictures or self.tokenizer is None:
             return [True] * len(tokens)
-        turn = self._turns(tokens)[-1]
+        turn, opening = self._turns(tokens)[-1], self._openings[0]
         begin = end = max(pictures)  # tiles and rows of one picture have only layout between them
         while begin and (begin - 1 in pictures or self._is_layout(tokens[begin - 1])):
             begin -= 1
-        if not turn and begin <= min(pictures):  # one question, one picture
-            return [True] * len(tokens)
         while end + 1 < len(tokens) and self._is_layout(tokens[end + 1]):
             end += 1
-        asked = turn + len(self._openings[1]) if begin < turn else end + 1
+        asked = turn + len(self._openings[1]) * (turn > 0)
+        if end + 1 >= min(self._answer_opens(tokens), len(tokens)):  # the question stands before it
+            begin = min(begin, asked)
+        elif begin >= turn:
+            asked = end + 1
+        if not turn and begin <= min(pictures):  # one question, one picture
+            return [True] * len(tokens)
         start = next(i for i, t in enumerate(tokens) if t != self.tokenizer.pad_token_id)
-        opened = start + len(self._openings[0])
-        return [start <= i < opened or begin <= i <= end or asked <= i for i in range(len(tokens))]
+        head = start
+        while tokens[head] in self._special_ids and head not in pictures:
+            head += 1
+        if tokens[start : start + len(opening)] == opening:
+            head = max(head, start + len(opening))
+        return [start <= i < head or begin <= i <= end or asked <= i for i in range(len(tokens))]
 
     def _is_layout(self, token: int) -> bool:
         """Is a token special, or white space: no word of the question?"""
@@ -679,11 +687,11 @@ class InputFormat:
         _, asked, answered = (_find(tokens, opening) for opening in self._openings)
         return [0, *(start for start in asked if answered and start > answered[0])]
 
-    def _answer_begins(self, tokens: list[int]) -> int:
-        """Find where the answer of the last turn begins; beyond the end if nothing opens it."""
-        opening, last = self._openings[2], self._turns(tokens)[-1]
-        start = next((i for i in _find(tokens, opening) if i >= last), None)
-        return len(tokens) + 1 if start is None else start + len(opening)
+    def _answer_opens(self, tokens: list[int]) -> int:
+        """Find where the answer of the last turn is opened; beyond the end if nothing does."""
+        last = self._turns(tokens)[-1]
+        opens = (i for i in _find(tokens, self._openings[2]) if i >= last)
+        return next(opens, len(tokens) + 1)
 
     @cached_property
     def _openings(self) -> tuple[list[int], list[int], list[int]]:

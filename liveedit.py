@@ -15,6 +15,7 @@ Copy this file with generator.py, router.py and backbone.py into another codebas
 B rows of a batch, T sequence, D hidden size, N experts, R rank, K slots, M module width.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 from backbone import (
     CACHES,
+    IGNORE,
     PICTURES,
     FrozenModel,
     InputFormat,
@@ -56,7 +58,7 @@ EDITOR_FILE = "liveedit.safetensors"  # of a saved editor
 
 @dataclass(frozen=True)
 class LiveEditConfig:
-    """Everything that defines an editor; the defaults are the paper's for 7B models."""
+    """Everything that defines an editor; sizes are by default the paper's for 7B models."""
 
     layer: int | None = None  # edit layer, from 0; None: two thirds of the depth (21 of 32)
     module_dim: int = 1024  # width M of generator and extractors
@@ -177,6 +179,7 @@ class LiveEdit(nn.Module):
         if not self.trained_steps:
             remedy = "train it with training_losses or run.py, or load one with from_pretrained"
             raise RuntimeError(f"this editor was never trained, its experts are noise: {remedy}")
+        questions = list(questions)
         for question in questions:
             if not isinstance(question, (list, tuple)) or len(question) != 3:
                 raise TypeError(f"an edit is (image, prompt, target), not {question!r}")
@@ -273,13 +276,11 @@ class LiveEdit(nn.Module):
             raise RuntimeError("this KV cache was filled without the editor; prefill it again")
         call, several = call or {}, hidden.shape[1] > 1
         ids, pictures = call.get("input_ids"), first_of(call, *PICTURES)
-        refused = several and (route.has_image or ids is None)
         # One token without pictures, the usual step, is not looked at: a GPU would be waited for.
-        if ids is not None and (several or pictures is not None):
-            refused = refused or self._format.has_image(ids)
-        if refused:
-            reason = "no chunked prefill, no second turn on an old cache"
-            raise RuntimeError(f"pass the whole prompt, without a KV cache: {reason}")
+        if several or pictures is not None:
+            if ids is None or several and route.has_image or self._format.has_image(ids):
+                reason = "no chunked prefill, no second turn on an old cache"
+                raise RuntimeError(f"pass the whole prompt, without a KV cache: {reason}")
         if route.routing is not None and len(route.routing.weights) != len(hidden):
             counts = f"{len(route.routing.weights)} rows, this step has {len(hidden)}"
             raise RuntimeError(f"the prefill of this KV cache had {counts}: prefill again")
@@ -389,16 +390,22 @@ class LiveEdit(nn.Module):
     def capture_inputs(self, inputs: dict, above: bool = True) -> States:
         """Run the frozen lower layers once on inputs prepared elsewhere, with `labels`.
 
-        above: note too what the layers above are called with, which training needs; chats are then
-        kept whole. The first such call replays these layers one by one and compares them with what
-        the model itself does.
+        above: note too what the layers above are called with, which training needs; a chat is then
+        kept whole, beside its last question. The first such call replays these layers one by one
+        and compares them with what the model itself does.
         Raises RuntimeError if the two differ: then training would see another model.
         """
-        inputs = inputs if above else self._format.asked_alone(inputs)
+        alone = self._format.asked_alone(inputs)
+        inputs = inputs if above else alone
         hidden, calls = self.frozen.record(inputs, above)
         self._follow(hidden.device)
         masks = self._format.masks_of(inputs, hidden.device)
-        states = States(hidden, masks, inputs["labels"].to(hidden.device), tuple(calls))
+        labels = F.pad(
+            inputs["labels"], (hidden.shape[1] - inputs["labels"].shape[1], 0), value=IGNORE
+        )
+        states = States(hidden, masks, labels.to(hidden.device), tuple(calls))
+        if alone is not inputs:
+            states = states._replace(alone=self.capture_inputs(alone, above=False))
         if above and not self._replay_checked:
             self.frozen.check_replay(states, inputs)
             compared = masks.image.any(1) & masks.answer.any(1)
@@ -436,14 +443,15 @@ class LiveEdit(nn.Module):
         of them: row i of the three belongs to one edit. Experts are made of the first triple; the
         routing losses, which pass no layer of the model, compare the edits of all, B >= 2 in sum.
         text_locality: prompt rows of text-only questions, for Eq. (16).
-        Raises ValueError for a batch that cannot be trained.
+        Raises ValueError for a batch that cannot be trained, RuntimeError if there are edits.
         """
         if len(self.experts) and torch.is_grad_enabled():
             raise RuntimeError("edits belong to the networks as they are: reset() before training")
         # One role behind the other: B edits, B generality queries, B locality queries.
         by_role = [states for role in zip(*batch, strict=True) for states in role]
-        prompt = Rows.cat([Rows.gather(s.hidden.float(), s.masks.prompt) for s in by_role])
-        image = Rows.cat([Rows.gather(s.hidden.float(), s.masks.image) for s in by_role])
+        read = [states.alone or states for states in by_role]  # by the router, as when it is asked
+        prompt = Rows.cat([Rows.gather(s.hidden.float(), s.masks.prompt) for s in read])
+        image = Rows.cat([Rows.gather(s.hidden.float(), s.masks.image) for s in read])
         count, device = len(prompt.states) // 3, prompt.states.device
         if count < 2 or any(len(states.hidden) != len(t[0].hidden) for t in batch for states in t):
             raise ValueError("a batch needs two edits or more, with as many queries in each role")
@@ -554,10 +562,8 @@ class LiveEdit(nn.Module):
         folder = Path(folder)
         file = folder / EDITOR_FILE
         if not file.is_file():
-            older = (
-                "one of an older version" if (folder / "liveedit_config.json").exists() else "no"
-            )
-            raise FileNotFoundError(f"{folder} is {older} saved editor: it has no {EDITOR_FILE}")
+            told = "or one of an older version, which must be trained anew"
+            raise FileNotFoundError(f"{folder} is no saved editor: it has no {EDITOR_FILE}; {told}")
         try:
             about, edits, tensors = read_saved(file)
             config = LiveEditConfig(**about["config"] | changes)
@@ -595,7 +601,7 @@ class LiveEdit(nn.Module):
     def _digest(self) -> str:
         """Identify the editor by all that its experts depend on."""
         lasting = replace(self.config, threshold=None, newest_wins=True)
-        digest = hashlib.sha256(repr(lasting).encode())
+        digest = hashlib.sha256(json.dumps(asdict(lasting)).encode())
         for name, weight in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(weight.cpu().contiguous().numpy())
@@ -619,7 +625,8 @@ def write_whole(file: Path, write: Callable) -> None:
     except (OSError, RuntimeError) as error:  # torch.save has its own words for a full disk
         raise OSError(f"{file} could not be written: {error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def read_saved(file: Path) -> tuple[dict, list[Edit], dict[str, Tensor]]:

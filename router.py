@@ -2,7 +2,7 @@
 
 A visual hard filter drops the experts whose image has nothing to do with the query; a text soft
 router weighs the rest; of edits of the same fact the newest counts.
-Copy this file with generator.py and liveedit.py into another codebase; it needs torch only.
+Copy this file with generator.py, backbone.py and liveedit.py; it needs torch and generator.py only.
 
 B batch       T sequence length      V vision tokens
 D hidden size of the model           M module width     Q learned queries (R or K of them)

@@ -1,0 +1,148 @@
+"""Tests that need more packages: `python -m pytest -q benchmarks/optional_tests.py`.
+
+Processors that need torchvision, and models with int8 weights (torchao), adapters (peft) and layers
+on disk (accelerate). What is not installed is skipped. And the stream of updates, a benchmark.
+"""
+
+# ruff: noqa: F811  (fixtures are imported, and named again as arguments)
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import drawn
+import run
+from benchmarks.updates import drawn_updates, evaluate_updates
+from test_liveedit import (  # noqa: F401  (fixtures are found by their names)
+    GRID,
+    QUESTIONS,
+    TINY,
+    assert_same,
+    base,
+    check_encode,
+    load_tiny,
+    picture,
+    questions,
+    seed_and_clean_model,
+    strong_editor,
+    trained,
+    training_batch,
+)
+
+NEED_TORCHVISION = "mistral3 qwen2_5_vl qwen3_vl llava_onevision internvl smolvlm".split()
+
+
+def processor_with_torchvision(name: str):
+    """A processor of a family whose own needs torchvision."""
+    pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
+    t, square = transformers, {"size": {"height": 16, "width": 16}}
+    tokenizer = AutoProcessor.from_pretrained(TINY).tokenizer
+    added = {"image_token": "<image>", "video_token": "<video>", "start_image_token": "<start>"}
+    added |= {"end_image_token": "<end>", "context_image_token": "<image>"}
+    tokens = "<video> <start> <end> <|vision_start|> <|vision_end|> [IMG_BREAK] [IMG_END]"
+    tokens += " <fake_token_around_image> <global-img> <end_of_utterance> <row_1_col_1>"
+    tokenizer.add_tokens(tokens.split(), special_tokens=True)
+    for key, token in added.items():
+        setattr(tokenizer, key, token)
+        setattr(tokenizer, f"{key}_id", tokenizer.convert_tokens_to_ids(token))
+    if name == "mistral3":
+        patch, edge = {"height": 4, "width": 4}, {"longest_edge": 16}
+        images = t.PixtralImageProcessor(size=edge, patch_size=patch)
+        shape = {"patch_size": 4, "spatial_merge_size": 2, "image_token": "<image>"}
+        return t.PixtralProcessor(images, tokenizer, **shape)
+    if name.startswith("qwen"):
+        shape = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+        images = t.Qwen2VLImageProcessor(**shape, size={"shortest_edge": 256, "longest_edge": 1024})
+        if name == "qwen3_vl":
+            return t.Qwen3VLProcessor(images, tokenizer, t.Qwen3VLVideoProcessor())
+        return t.Qwen2_5_VLProcessor(images, tokenizer, t.Qwen2VLVideoProcessor())
+    if name == "llava_onevision":
+        images = t.LlavaOnevisionImageProcessor(**square, **GRID)
+        shape = {"num_image_tokens": 4, "vision_feature_select_strategy": "full"}
+        videos = t.LlavaOnevisionVideoProcessor()
+        return t.LlavaOnevisionProcessor(images, tokenizer, videos, **shape)
+    if name == "internvl":
+        images, videos = t.GotOcr2ImageProcessor(**square), t.InternVLVideoProcessor()
+        return t.InternVLProcessor(images, tokenizer, videos, image_seq_length=4)
+    pytest.importorskip("num2words", reason="SmolVLM's processor needs num2words")
+    edge = {"longest_edge": 16}
+    images = t.SmolVLMImageProcessor(size=edge, max_image_size=edge)
+    return t.SmolVLMProcessor(images, tokenizer, t.SmolVLMVideoProcessor(), image_seq_len=1)
+
+
+@pytest.mark.parametrize("name", NEED_TORCHVISION)
+def test_encode_follows_the_processors_that_need_torchvision(name, tmp_path):
+    check_encode(name, processor_with_torchvision(name), tmp_path)
+
+
+def edit_and_answer(model, processor) -> torch.Tensor:
+    editor = strong_editor(model, processor, gain=2.0)
+    edited = editor.edit_many(questions(2))
+    made = editor.model.generate(**editor.encode(picture(), QUESTIONS[0]), max_new_tokens=4)
+    editor.reset()
+    batch = training_batch(editor)
+    editor.training_losses(*batch)["total"].backward()
+    assert len(edited) == 2 and editor.generator.queries_U.grad.abs().sum() > 0
+    editor.detach()
+    return made[:, -4:]
+
+
+@pytest.fixture
+def expected(base):
+    return edit_and_answer(*base)
+
+
+def test_int8_weights(base):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = load_tiny()
+    quantization.quantize_(model.model.language_model, quantization.Int8WeightOnlyConfig())
+    edit_and_answer(model, base[1])
+
+
+def test_adapters(base, expected):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(load_tiny(), peft.LoraConfig(target_modules=["q_proj"]))
+    assert_same(edit_and_answer(adapted, base[1]), expected)
+
+
+def test_layers_on_disk(base, expected, tmp_path):
+    pytest.importorskip("accelerate")
+    parts = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    parts += [f"model.language_model.{p}" for p in ("embed_tokens", "norm", "rotary_emb")]
+    layers = {f"model.language_model.layers.{i}": "cpu" for i in range(6)}
+    placed = dict.fromkeys(parts, "cpu") | layers | {"model.language_model.layers.4": "disk"}
+    model = load_tiny(device_map=placed, offload_folder=tmp_path)
+    assert_same(edit_and_answer(model, base[1]), expected)
+
+
+def test_the_update_stream_counts_what_it_says(base, trained, monkeypatch):
+    """Of two updates one is answered by the newest, the other by the old answer."""
+    editor, _ = trained
+    editor.attach()
+    stream = drawn.drawn_stream(10, 0)
+    updates = drawn_updates(stream[:8], 2, 0)
+    right, wrong = updates[0].sample, updates[1].sample
+
+    def answer(editor, queries, batch_size):
+        ids = [edit.id for edit in editor.edits()]
+        said = [data.Answer([], [], "x", {i: 1.0}) for i in ids]
+        said[right] = said[8] = data.Answer([], [], updates[0].edit.target, {ids[8]: 1.0})
+        said[wrong] = said[9] = data.Answer([], [], stream[wrong].edit.target, {ids[wrong]: 1.0})
+        said[3 if 3 not in (right, wrong) else 4].used = {ids[right]: 1.0}
+        return said
+
+    options = run.parse_options(["--eval-batch-size", "8"])
+    found = evaluate_updates(editor, stream, options, answer)
+    editor.reset()
+    for update in updates:
+        old, (scene, family) = stream[update.sample].edit, update.edit.fact
+        assert update.edit.fact == old.fact
+        assert update.edit.target not in (old.target, scene.answer(family))
+    wanted = {"n": 2, "edits": 10, "newest": 50, "old": 50, "replaced": 50}
+    assert {key: found[key] for key in wanted} == wanted
+    assert found["false_replacements"] == 10 and found["forms"]["exact"]["newest"] == 100
