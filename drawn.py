@@ -301,7 +301,7 @@ class Shares(NamedTuple):
 
 
 EVAL_SHARES = Shares(open=0.4, novel_names=0.5)
-TRAINING_SHARES = Shares(open=0.6, novel_names=0.65, doubled=0.3, repeated=0.25)
+TRAINING_SHARES = Shares(open=0.6, novel_names=0.65, doubled=0.3, repeated=0.3)
 
 
 def edit_target(

@@ -340,7 +340,12 @@ class TrainingSet:
             queries = [s.queries[rng.choice(n)] for s, n in zip(samples, names, strict=True)]
             asked.append([question(query) for query in queries])
         edits, generality, locality = asked
-        before = [[other] for other in locality] if rng.random() < self.chats else None
+        before = None
+        if rng.random() < self.chats:  # the same question or another, of another picture
+            before = [
+                [(other[0], rng.choice((own[1], other[1])), other[2])]
+                for own, other in zip(generality, locality, strict=True)
+            ]
         capture = self.editor.capture
         triple = capture(edits), capture(generality, before=before), capture(locality)
         texts = [s.queries["text_locality"] for s in samples if "text_locality" in s.queries]

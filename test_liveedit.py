@@ -446,17 +446,15 @@ def test_exceptions_and_interrupts_leave_nothing_behind(editor):
     inputs, other = editor.encode(picture(), QUESTIONS[0]), editor.encode(picture(1), QUESTIONS[2])
     expected = logits_of(editor, other)
     layers = backbone.find_decoder_layers(editor.model)[0]
-    calls = [lambda: logits_of(editor, inputs), lambda: editor.explain(inputs)]
-    calls.append(lambda: editor.edit_many(questions(1)))
+    calls = [(place, lambda: logits_of(editor, inputs)) for place in (1, 5)]  # below and above
+    calls += [(1, lambda: editor.explain(inputs)), (1, lambda: editor.edit_many(questions(1)))]
     for error in (ValueError, KeyboardInterrupt):
-        for layer in (layers[1], editor.frozen.edit_layer):
-            for call in calls:
-                with layer.register_forward_hook(Mock(side_effect=error), prepend=True):
-                    with pytest.raises(error):
-                        call()
-                assert_same(logits_of(editor, other), expected)
-                with pytest.raises(RuntimeError, match="whole model"):  # of no earlier call
-                    editor.model.get_decoder()(inputs_embeds=torch.zeros(1, 9, 128))
+        for place, call in calls:
+            with layers[place].register_forward_hook(Mock(side_effect=error)), pytest.raises(error):
+                call()
+            assert_same(logits_of(editor, other), expected)
+            with pytest.raises(RuntimeError, match="whole model"):  # of no earlier call
+                editor.model.get_decoder()(inputs_embeds=torch.zeros(1, 9, 128))
 
 
 def test_without_edits_nothing_is_refused(editor):
@@ -1512,12 +1510,13 @@ def behind_another_picture(name: str, inputs: dict) -> dict:
     ids, other = inputs["input_ids"], prepared(name, len(inputs["input_ids"]))
     length = int((ids[0] == IMAGE).nonzero()[-1]) + 1
     length += int(name.startswith("qwen"))  # with the token that closes it
+    head = int(ids[0, 0] == BOS)
     two = {}
     for key, value in inputs.items():
         if value.shape[:2] == ids.shape:
             fill = {"input_ids": 20, "attention_mask": 1, "labels": -100}.get(key, 0)
             words = torch.full((len(ids), 2, *value.shape[2:]), fill, dtype=value.dtype)
-            two[key] = torch.cat([value[:, :length], words, value], 1)
+            two[key] = torch.cat([value[:, :length], words, value[:, head:]], 1)
             if key == "cross_attention_mask":  # a token sees the last picture before it
                 sees = torch.arange(two[key].shape[1]) >= length + 2
                 columns = torch.stack([~sees, sees], 1)[None, :, :, None]
