@@ -1,4 +1,4 @@
-"""What an edit sample is, how answers are scored, and the readers of benchmark files.
+"""What an edit sample is, how answers are scored and reported, and readers of benchmark files.
 
 One edit sample of the drawn world, shortened:
 
@@ -119,7 +119,7 @@ class Batches:
         return together
 
 
-# ------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------- metrics and report
 
 OPENING_MARKS, CLOSING_MARKS = "\"'`([{¿¡“‘", ".,;:!?\"'`)]}…”’"
 
@@ -157,6 +157,51 @@ def score(name: str, query: Query, before: Answer, after: Answer) -> tuple[float
         same = said == normalise(before.generated)
         return token_accuracy(after.predicted, before.predicted), float(same)
     return token_accuracy(after.predicted, after.target), float(said == normalise(query.target))
+
+
+# What is reported of each query, averaged: scores, then how the router chose, in per cent.
+FIGURES = ("teacher_forced", "free_running", "own_edit", "other_edits")
+
+
+def report_row(count: int, results: list[dict], by_kind: bool = True) -> dict:
+    """Average the results after `count` edits, in per cent: one of the "rows" of metrics.json.
+
+    `average` is the mean of the paper's five queries.
+    """
+    row = {"edits": count, "n": sum(result["query"] == "reliability" for result in results)}
+    for what in FIGURES:
+        row[what] = {}
+        for name in (*QUERY_NAMES, PORTABILITY):
+            values = [100 * result[what] for result in results if result["query"] == name]
+            if values or name != PORTABILITY:
+                row[what][name] = sum(values) / len(values) if values else None
+        main = [row[what][name] for name in MAIN_QUERIES if row[what][name] is not None]
+        row[what]["average"] = sum(main) / len(main) if main else None
+    kinds = dict.fromkeys(result["kind"] for result in results) if by_kind else ()
+    of_kind = {kind: [result for result in results if result["kind"] == kind] for kind in kinds}
+    return row | {"by_kind": {kind: report_row(count, of_kind[kind], False) for kind in kinds}}
+
+
+COLUMNS = dict(zip(QUERY_NAMES[:5], ("Rel", "T-Gen", "M-Gen", "T-Loc", "M-Loc"), strict=True))
+COLUMNS |= {"average": "Average", "same_image": "Same img", "similar_image": "Similar"}
+COLUMNS |= {"no_image": "No img", PORTABILITY: "Port"}
+
+
+def table(rows: list[dict]) -> str:
+    """Print the rows of the report as text, the last one by kinds of edits too."""
+    names = [name for name in COLUMNS if name in rows[0]["free_running"]]
+    labelled = {f"{row['edits']} edits": row for row in rows}
+    labelled |= {f"  {kind}": row for kind, row in rows[-1]["by_kind"].items()}
+    lines = []
+    for what in FIGURES:
+        lines.append(f"{what.replace('_', '-'):<16}" + "".join(f"{COLUMNS[n]:>9}" for n in names))
+        for label, row in labelled.items():
+            values = ["-" if row[what][n] is None else f"{row[what][n]:.1f}" for n in names]
+            lines.append(f"{label:<16}" + "".join(f"{value:>9}" for value in values))
+        lines.append("")
+    lines.append("own-edit, other-edits: how many queries use their sample's edit, or another one.")
+    lines.append("Without an image no edit is used: T-Loc and No img are 100 by construction.")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------- benchmark files

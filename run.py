@@ -32,16 +32,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 import data
 import drawn
 from backbone import IGNORE, InputFormat, States, fingerprint, same_model
-from data import (
-    LOCALITY_QUERIES,
-    MAIN_QUERIES,
-    PORTABILITY,
-    QUERY_NAMES,
-    Answer,
-    EditSample,
-    Query,
-    score,
-)
+from data import LOCALITY_QUERIES, Answer, EditSample, Query, report_row, score, table
 from liveedit import LiveEdit, LiveEditConfig, Question, write_whole
 from router import Rows
 
@@ -181,20 +172,12 @@ def check_texts(form: InputFormat, samples: list[EditSample], spare: int) -> Non
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto"):
     """Load model and processor by the plain Hugging Face way."""
-    name, processor = SHORT_NAMES.get(name, name), load_processor(name)
+    name = SHORT_NAMES.get(name, name)
+    processor = AutoProcessor.from_pretrained(name)
     if device == "auto":
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
     return model.to(device).eval(), processor
-
-
-def load_processor(name: str):
-    """Load a model's processor. Raises RuntimeError if a package is missing."""
-    try:
-        return AutoProcessor.from_pretrained(SHORT_NAMES.get(name, name))
-    except (ImportError, AttributeError) as error:  # from deep inside
-        package = "needs a package that is not installed, usually torchvision"
-        raise RuntimeError(f"the processor of {name} {package}: {error}") from error
 
 
 def config_for(model, options: argparse.Namespace) -> LiveEditConfig:
@@ -238,7 +221,7 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
             setattr(options, key, value)
     samples, stream = load_samples(options)
     if options.data:
-        form = InputFormat(empty, load_processor(options.model), options.prompt_style)
+        form = InputFormat(empty, AutoProcessor.from_pretrained(name), options.prompt_style)
         check_texts(form, samples + stream, spare=config.sentinel_tokens)
     if samples:
         own = samples[::PROCESSES]  # of the first process
@@ -295,9 +278,6 @@ def question(query: Query) -> Question:
     return Question(query.image.open() if query.image else None, query.prompt, query.target)
 
 
-Triple = tuple[States, States, States]
-
-
 class TrainingSet:
     """Training batches as states of the edit layer, computed once where they fit in memory."""
 
@@ -321,17 +301,16 @@ class TrainingSet:
         seed = f"{self.seed} {epoch}"
         self.batches = data.Batches(self.samples, self.size, self.joined, seed)
 
-    def batch(self, step: int) -> tuple[list[Triple], Rows | None]:
+    def batch(self, step: int) -> tuple[list[tuple[States, ...]], Rows]:
         """Give the triples of a step and the rows of their text-only prompts, always the same."""
         epoch = step // (len(self.samples) // self.size)
         if not self.kept and epoch != self.epoch:
             self.shuffle(epoch)
         numbers, triples = self.batches.step(step), self.batches.triples
         made = [self.kept[n] if self.kept else self.capture(triples[n]) for n in numbers]
-        texts = [rows for _, rows in made if rows is not None]
-        return [triple for triple, _ in made], Rows.cat(texts) if texts else None
+        return [triple for triple, _ in made], Rows.cat([rows for _, rows in made])
 
-    def capture(self, chosen: list[int]) -> tuple[Triple, Rows | None]:
+    def capture(self, chosen: list[int]) -> tuple[tuple[States, ...], Rows]:
         """Run the lower layers for one triple of samples, with one query of each of ROLES."""
         samples, asked = [self.samples[i] for i in chosen], []
         rng = random.Random(f"{self.seed} {self.epoch} query {chosen[0]}")
@@ -348,10 +327,8 @@ class TrainingSet:
             ]
         capture = self.editor.capture
         triple = capture(edits), capture(generality, before=before), capture(locality)
-        texts = [s.queries["text_locality"] for s in samples if "text_locality" in s.queries]
-        if not texts:
-            return triple, None
-        text = capture([question(query) for query in texts], above=False)
+        texts = [question(sample.queries["text_locality"]) for sample in samples]
+        text = capture(texts, above=False)
         return triple, Rows.gather(text.hidden.float(), text.masks.prompt)
 
 
@@ -550,29 +527,6 @@ def judge(sample: EditSample, own: int | None, count: int, before: dict, after: 
     return results
 
 
-# What is reported of each query, averaged: scores, then how the router chose, in per cent.
-FIGURES = ("teacher_forced", "free_running", "own_edit", "other_edits")
-
-
-def report_row(count: int, results: list[dict], by_kind: bool = True) -> dict:
-    """Average the results after `count` edits, in per cent: one of the "rows" of metrics.json.
-
-    `average` is the mean of the paper's five queries.
-    """
-    row = {"edits": count, "n": sum(result["query"] == "reliability" for result in results)}
-    for what in FIGURES:
-        row[what] = {}
-        for name in (*QUERY_NAMES, PORTABILITY):
-            values = [100 * result[what] for result in results if result["query"] == name]
-            if values or name != PORTABILITY:
-                row[what][name] = sum(values) / len(values) if values else None
-        main = [row[what][name] for name in MAIN_QUERIES if row[what][name] is not None]
-        row[what]["average"] = sum(main) / len(main) if main else None
-    kinds = dict.fromkeys(result["kind"] for result in results) if by_kind else ()
-    of_kind = {kind: [result for result in results if result["kind"] == kind] for kind in kinds}
-    return row | {"by_kind": {kind: report_row(count, of_kind[kind], False) for kind in kinds}}
-
-
 def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Namespace):
     """Give rows of the report, all predictions, and the cost of editing."""
     batch_size, rows, predictions, cost = options.eval_batch_size, [], [], {}
@@ -600,27 +554,6 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Names
 
 
 # ----------------------------------------------------------------------------------------- report
-
-COLUMNS = dict(zip(QUERY_NAMES[:5], ("Rel", "T-Gen", "M-Gen", "T-Loc", "M-Loc"), strict=True))
-COLUMNS |= {"average": "Average", "same_image": "Same img", "similar_image": "Similar"}
-COLUMNS |= {"no_image": "No img", PORTABILITY: "Port"}
-
-
-def table(rows: list[dict]) -> str:
-    """Print the rows of the report as text, the last one by kinds of edits too."""
-    names = [name for name in COLUMNS if name in rows[0]["free_running"]]
-    labelled = {f"{row['edits']} edits": row for row in rows}
-    labelled |= {f"  {kind}": row for kind, row in rows[-1]["by_kind"].items()}
-    lines = []
-    for what in FIGURES:
-        lines.append(f"{what.replace('_', '-'):<16}" + "".join(f"{COLUMNS[n]:>9}" for n in names))
-        for label, row in labelled.items():
-            values = ["-" if row[what][n] is None else f"{row[what][n]:.1f}" for n in names]
-            lines.append(f"{label:<16}" + "".join(f"{value:>9}" for value in values))
-        lines.append("")
-    lines.append("own-edit, other-edits: how many queries use their sample's edit, or another one.")
-    lines.append("Without an image no edit is used: T-Loc and No img are 100 by construction.")
-    return "\n".join(lines)
 
 
 def set_up_process() -> None:
@@ -668,6 +601,8 @@ def main(arguments: list[str] | None = None) -> None:
         (options.out / CHECKPOINT).unlink(missing_ok=True)
     except (OSError, ValueError, TypeError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"run.py: {error}")
+    except ImportError as error:  # of a processor, from deep inside
+        sys.exit(f"run.py: a package is missing, usually torchvision: {error}")
     rows, predictions, cost = evaluate(editor, stream, options)
     try:
         editor.save_pretrained(options.out / "editor")

@@ -1030,6 +1030,30 @@ def test_the_last_question_of_a_chat_is_routed_as_if_asked_alone(base, side, mon
     editor.detach()
 
 
+def test_a_question_may_stand_before_its_picture(base):
+    model, processor = base
+    editor = strong_editor(model, processor)
+    special = processor.tokenizer.all_special_tokens
+    said = {
+        "What is it? <image>": "USER: What is it?  ASSISTANT:",
+        "Is <image> like <image>": "like  ASSISTANT:",  # of two pictures, both are asked about
+    }
+    for text, prompt in said.items():
+        for before in ("", "USER: <image>\nWho? ASSISTANT: me "):
+            pictures = [picture(i) for i in range((before + text).count("<image>"))]
+            inputs = processor(
+                images=[pictures], text=[f"{before}USER: {text} ASSISTANT:"], return_tensors="pt"
+            )
+            alone = editor._format.asked_alone(dict(inputs))
+            masks = editor._format.masks_of(alone, model.device)
+            tokens = processor.tokenizer.decode(alone["input_ids"][masks.prompt])
+            for token in special:
+                tokens = tokens.replace(token, " ")
+            assert tokens.split()[-2:] == prompt.split()[-2:], (text, before, tokens)
+            assert not before or "Who" not in tokens
+    editor.detach()
+
+
 def test_chats_are_recognised_by_the_template(base, monkeypatch):
     model, processor = base
     editor = strong_editor(model, processor)
@@ -1129,10 +1153,10 @@ def test_cached_states_train_like_fresh_ones_whenever_a_step_is_taken(base):
         torch.manual_seed(3)
         losses.append(editor.training_losses(*batch))
         assert len(batch[0]) == 2
-    for other, alike in ((1, True), (2, True), (3, False)):
-        for name, value in losses[0].items():
-            close = value.item() == pytest.approx(losses[other][name].item(), rel=1e-3, abs=1e-4)
-            assert close == alike or not alike and value == 0, name
+    for name, value in losses[0].items():
+        for other in losses[1:3]:
+            assert value.item() == pytest.approx(other[name].item(), rel=1e-3, abs=1e-4), name
+    assert abs(losses[3]["total"] - losses[0]["total"]) > 0.01
     batches = [training_set(editor, 2, False, samples=30) for _ in range(2)]
     for step in (14, 15, 16, 40):  # a second epoch puts other samples together
         batches[0].batch(step)
@@ -1542,8 +1566,10 @@ def test_a_question_is_about_the_last_picture_before_it_in_each_family(family):
     for a, b in zip(editor.explain(one), editor.explain(two), strict=True):
         assert [used["id"] for used in a] == [used["id"] for used in b]
         for x, y in zip(a, b, strict=True):
-            assert x["similarity"] == pytest.approx(y["similarity"], abs=1e-4)
-            assert x["weight"] == pytest.approx(y["weight"], abs=1e-4)
+            # Qwen-VL's positions have a gap, Mllama's first token has seen the other picture.
+            tolerance = 0.02 if name in ("qwen2_5_vl", "qwen3_vl", "mllama") else 1e-4
+            assert x["similarity"] == pytest.approx(y["similarity"], abs=tolerance)
+            assert x["weight"] == pytest.approx(y["weight"], abs=tolerance)
     with editor.disabled():
         original = answers_of(two, logits_of(editor, two))
     assert not torch.allclose(answers_of(two, logits_of(editor, two)), original, atol=1e-2)
