@@ -285,8 +285,8 @@ class TrainingSet:
         self.editor, self.samples, self.seed = editor, samples, f"{options.seed} {RANK}"
         self.size = options.expert_batch_size
         self.joined = options.batch_size // self.size
-        # Share of the triples whose generality queries are asked in a chat, behind others: there
-        # later tokens of an answer are said from other states.
+        # Share of the triples whose generality queries are asked in a chat, behind what others ask:
+        # there later tokens of an answer are said from other states.
         chats = options.data is None and getattr(editor.processor, "chat_template", None)
         self.chats = 0.5 if chats else 0.0
         self.shuffle(epoch=0)
@@ -319,17 +319,24 @@ class TrainingSet:
             queries = [s.queries[rng.choice(n)] for s, n in zip(samples, names, strict=True)]
             asked.append([question(query) for query in queries])
         edits, generality, locality = asked
+        texts = [question(sample.queries["text_locality"]) for sample in samples]
         before = None
-        if rng.random() < self.chats:  # the same question or another, of another picture
-            before = [
-                [(other[0], rng.choice((own[1], other[1])), other[2])]
-                for own, other in zip(generality, locality, strict=True)
-            ]
+        if rng.random() < self.chats:
+            count = rng.choice((1, 2))
+            before = [earlier_turns(own, locality, texts, count, rng) for own in generality]
         capture = self.editor.capture
         triple = capture(edits), capture(generality, before=before), capture(locality)
-        texts = [question(sample.queries["text_locality"]) for sample in samples]
         text = capture(texts, above=False)
         return triple, Rows.gather(text.hidden.float(), text.masks.prompt)
+
+
+def earlier_turns(own: Question, others: list, texts: list, count: int, rng) -> list[Question]:
+    """Choose what a chat asks before its last question: others' questions, or that one of theirs."""
+    turns, same = [], rng.random() < 0.5
+    for _ in range(count):
+        turn = rng.choice(texts if rng.random() < 0.33 else others)
+        turns.append(turn._replace(prompt=own.prompt) if same and turn.image else turn)
+    return turns
 
 
 def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.Optimizer]:
