@@ -622,7 +622,7 @@ class InputFormat:
             return inputs
         shown = kept if mask is None else kept & mask.bool()
         # Earlier pictures stay, in front and unseen: what the model reads of them comes in order.
-        earlier = self._shows_picture(ids) & ~shown
+        earlier = torch.isin(ids, torch.tensor(self._picture_ids, device=ids.device)) & ~shown
         order = torch.where(earlier, 0, 2).masked_fill(shown, 1).argsort(dim=1, stable=True)
         shown, earlier = shown.gather(1, order), earlier.gather(1, order)
         alone = {}
@@ -644,17 +644,18 @@ class InputFormat:
             alone["position_ids"] = positions.gather(-1, order.expand_as(positions))
         return alone
 
-    def _shows_picture(self, ids: Tensor) -> Tensor:
-        """Find the tokens of pictures and videos."""
+    @cached_property
+    def _picture_ids(self) -> list[int]:
+        """The tokens that stand for pictures and videos."""
         video = getattr(self.model.config, "video_token_id", None)
-        return (ids == self.image_token_id) | (ids == (-1 if video is None else video))
+        return [self.image_token_id] if video is None else [self.image_token_id, video]
 
     def _last_question(self, tokens: list[int]) -> list[bool]:
         """Mark what asks the last question of a chat: how a chat begins, a picture, the question.
 
         Of several pictures it is the last one before the question; the rest is context.
         """
-        pictures = set(self._shows_picture(torch.tensor(tokens)).nonzero().flatten().tolist())
+        pictures = {i for i, token in enumerate(tokens) if token in self._picture_ids}
         if not pictures or self.tokenizer is None:
             return [True] * len(tokens)
         turn, opening = self._turns(tokens)[-1], self._openings[0]
@@ -721,7 +722,7 @@ def _unanswered(ids: Tensor, labels: Tensor | None) -> list[list[int]]:
 
 def _find(tokens: list[int], part: list[int]) -> list[int]:
     """Find where these tokens stand one behind the other."""
-    starts = range(len(tokens) - len(part) + 1) if part else ()
+    starts = [i for i, token in enumerate(tokens) if part and token == part[0]]
     return [i for i in starts if tokens[i : i + len(part)] == part]
 
 

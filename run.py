@@ -331,7 +331,7 @@ class TrainingSet:
 
 
 def earlier_turns(own: Question, others: list, texts: list, count: int, rng) -> list[Question]:
-    """Choose what a chat asks before its last question: others' questions, or that one of theirs."""
+    """Choose what a chat asks before its last question: what others ask, or the same of theirs."""
     turns, same = [], rng.random() < 0.5
     for _ in range(count):
         turn = rng.choice(texts if rng.random() < 0.33 else others)

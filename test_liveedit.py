@@ -1289,7 +1289,7 @@ def trained(base, tmp_path_factory):
     editor = LiveEdit(*base, config)
     samples = drawn.drawn_samples(48, drawn.split_scenes()[0], "test", held_out=False)
     options = run.parse_options(["--out", str(tmp_path_factory.mktemp("trained"))])
-    few = {"train_steps": 150, "batch_size": 12, "learning_rate": 3e-3}
+    few = {"train_steps": 300, "batch_size": 12, "learning_rate": 3e-3}
     for name, value in (run.SMALL | few).items():
         setattr(options, name, value)
     options.eval_batch_size = 128
