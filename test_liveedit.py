@@ -1289,11 +1289,15 @@ def trained(base, tmp_path_factory):
     editor = LiveEdit(*base, config)
     samples = drawn.drawn_samples(48, drawn.split_scenes()[0], "test", held_out=False)
     options = run.parse_options(["--out", str(tmp_path_factory.mktemp("trained"))])
-    few = {"train_steps": 300, "batch_size": 12, "learning_rate": 3e-3}
-    for name, value in (run.SMALL | few).items():
+    few = {"train_steps": 200, "batch_size": 24, "expert_batch_size": 12, "learning_rate": 3e-3}
+    for name, value in (run.SMALL | few | {"data": "samples without chats"}).items():
         setattr(options, name, value)
-    options.eval_batch_size = 128
-    run.train(editor, samples, options)
+    taught = []  # a step takes one generality query of each sample
+    for left_out in ("text_generality", "modal_generality"):
+        for sample in samples:
+            queries = {name: q for name, q in sample.queries.items() if name != left_out}
+            taught.append(data.EditSample(sample.kind, queries))
+    run.train(editor, taught, options)
     editor.detach()
     return editor, samples
 
@@ -1969,7 +1973,7 @@ MALFORMED = [
     ([RECORD | {"m_loc": "bad.png"}], r"decoded \(1\).*bad.png"),
     ([RECORD, RECORD | {"src": "a <image> b"}], r"eval.json, record 1: .*holds the image token"),
     ([RECORD | {"alt": "yes \ud83d"}], "record 0: .*half a letter"),
-    ([RECORD | {"loc_ans": "word " * 600}], "record 0: .*too many"),
+    ([RECORD | {"loc_ans": "word " * 9000}], "record 0: .*too many"),
 ]
 
 
