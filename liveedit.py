@@ -30,8 +30,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from backbone import (
@@ -631,9 +630,9 @@ def write_whole(file: Path, write: Callable) -> None:
 
 def read_saved(file: Path) -> tuple[dict, list[Edit], dict[str, Tensor]]:
     """Read what `LiveEdit._save` wrote: what it says of itself, the edits, and the tensors."""
-    with safe_open(file, framework="pt") as opened:  # opened once: it may be replaced meanwhile
-        about = json.loads(opened.metadata()["liveedit"])
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    content = file.read_bytes()  # at once: safetensors would open the path again meanwhile
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    about, tensors = json.loads(header["__metadata__"]["liveedit"]), load(content)
     records = json.loads(tensors.pop("edits").numpy().tobytes())
     return about, [Edit(**record) for record in records], tensors
 
