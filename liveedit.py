@@ -564,16 +564,16 @@ class LiveEdit(nn.Module):
             told = "or one of an older version, which must be trained anew"
             raise FileNotFoundError(f"{folder} is no saved editor: it has no {EDITOR_FILE}; {told}")
         try:
-            about, edits, tensors = read_saved(file)
+            about, edits, parts = read_saved(file)
             config = LiveEditConfig(**about["config"] | changes)
             editor = cls(model, processor, config, attach=False)
-            if not same_model(tensors["model"], fingerprint(editor.model)):
+            if not same_model(parts["model"][""], fingerprint(editor.model)):
                 raise ValueError("it is of another model")
-            editor.load_state_dict(part_of(tensors, "networks."))
+            editor.load_state_dict(parts["networks"])
             if editor._digest() != about["editor"]:
                 raise ValueError("its networks are not as they were saved")
             editor.trained_steps = int(about["trained_steps"])
-            editor.experts.add(part_of(tensors, "experts."), edits)
+            editor.experts.add(parts["experts"], edits)
             editor.experts.next_id = int(about["next_id"])
         except Exception as error:
             raise ValueError(f"the editor in {folder} does not load: {error!r}") from error
@@ -585,13 +585,13 @@ class LiveEdit(nn.Module):
         Raises ValueError, and adds nothing, if they are of another editor or damaged.
         """
         try:
-            about, edits, tensors = read_saved(Path(file))
+            about, edits, parts = read_saved(Path(file))
             if about["editor"] != self._digest():
                 raise ValueError("they were made by another editor")
             with self._lock:
                 first = self.experts.next_id
                 edits = [replace(edit, id=first + i) for i, edit in enumerate(edits)]
-                self.experts.add(part_of(tensors, "experts."), edits)
+                self.experts.add(parts["experts"], edits)
         except Exception as error:
             raise ValueError(f"the experts in {file} do not load: {error!r}") from error
         return edits
@@ -628,15 +628,14 @@ def write_whole(file: Path, write: Callable) -> None:
             draft.unlink()
 
 
-def read_saved(file: Path) -> tuple[dict, list[Edit], dict[str, Tensor]]:
-    """Read what `LiveEdit._save` wrote: what it says of itself, the edits, and the tensors."""
+def read_saved(file: Path) -> tuple[dict, list[Edit], dict[str, dict[str, Tensor]]]:
+    """Read what `LiveEdit._save` wrote: what it says of itself, the edits, and tensors by part."""
     content = file.read_bytes()  # at once: safetensors would open the path again meanwhile
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    about, tensors = json.loads(header["__metadata__"]["liveedit"]), load(content)
-    records = json.loads(tensors.pop("edits").numpy().tobytes())
-    return about, [Edit(**record) for record in records], tensors
-
-
-def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Take the tensors whose names begin so, and leave the beginning out."""
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load(content).items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = tensor
+    records = json.loads(parts["edits"][""].numpy().tobytes())
+    about = json.loads(header["__metadata__"]["liveedit"])
+    return about, [Edit(**record) for record in records], parts
