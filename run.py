@@ -227,6 +227,8 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
         own = samples[::PROCESSES]  # of the first process
         options.expert_batch_size = min(options.expert_batch_size, options.batch_size, len(own))
         options.batch_size = min(options.batch_size, len(own))
+        if options.batch_size < 2:
+            raise ValueError("--batch-size must be 2 or more, with as many samples: see Eq. (15)")
         options.batch_size -= options.batch_size % options.expert_batch_size
         data.Batches(own, options.expert_batch_size, 1, "check")  # raises if there are none
     print(f"{type(empty).__name__} {name}")
