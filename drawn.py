@@ -1,5 +1,6 @@
 """The world of drawn pictures that the tiny LLaVA learned: edit samples without a download."""
 
+import io
 import math
 import random
 import string
@@ -7,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageEnhance
 
-from data import EditSample, Query
+from data import EditSample, ImageFile, Query
 
 PICTURED_LOCALITY_QUERIES = ("modal_locality", "same_image", "similar_image")
 COLORS = {
@@ -93,27 +94,118 @@ class Scene:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture of a scene: `seed` decides size, place, angle and shade."""
+    """One picture of a scene: `seed` decides size, place, angle and shade.
+
+    palette: 0 draws in the colors that the scene names; any other number in others, chosen by it.
+    """
 
     scene: Scene
     seed: int
+    palette: int = 0
 
     def open(self) -> Image.Image:
         """Draw the picture."""
-        scene, side = self.scene, 2 * CANVAS
+        scene, side, colors = self.scene, 2 * CANVAS, other_colors(self.palette)
         rng = random.Random(f"{scene.shape} {scene.color} {scene.background} {self.seed}")
-        image = Image.new("RGB", (side, side), _shade(scene.background, rng))
+        image = Image.new("RGB", (side, side), _shade(colors[scene.background], rng))
         radius = side * rng.uniform(0.28, 0.45)
-        x, y = (rng.uniform(radius, side - radius) for _ in range(2))
-        turn = rng.uniform(0, 2 * math.pi)
-        cos, sin = radius * math.cos(turn), radius * math.sin(turn)
-        points = [(x + cos * a - sin * b, y + sin * a + cos * b) for a, b in SHAPES[scene.shape]]
-        ImageDraw.Draw(image).polygon(points, fill=_shade(scene.color, rng))
+        place = [rng.uniform(radius, side - radius) for _ in range(2)]
+        points = _placed(SHAPES[scene.shape], place, radius, rng.uniform(0, 2 * math.pi))
+        ImageDraw.Draw(image).polygon(points, fill=_shade(colors[scene.color], rng))
         return image.reduce(2)
 
 
-def _shade(color: str, rng: random.Random) -> tuple[int, ...]:
-    return tuple(min(255, max(0, part + rng.randint(-10, 10))) for part in COLORS[color])
+def other_colors(palette: int) -> dict[str, tuple[int, int, int]]:
+    """The colors of a palette under the names of COLORS, which are true of palette 0 only."""
+    if not palette:
+        return COLORS
+    rng, colors = random.Random(f"palette {palette}"), []
+    while len(colors) < len(COLORS):
+        color = tuple(rng.randrange(256) for _ in range(3))
+        if all(math.dist(color, other) > 60 for other in colors):  # people can tell them apart
+            colors.append(color)
+    return dict(zip(COLORS, colors, strict=True))
+
+
+def _placed(outline, place, radius: float, turn: float, squeeze: float = 1.0) -> list[tuple]:
+    """Turn and scale an outline, narrowed by `squeeze` first, and move it to its place."""
+    cos, sin, (x, y) = radius * math.cos(turn), radius * math.sin(turn), place
+    narrow = [(a * squeeze, b) for a, b in outline]
+    return [(x + cos * a - sin * b, y + sin * a + cos * b) for a, b in narrow]
+
+
+def _shade(color: tuple, rng: random.Random) -> tuple[int, ...]:
+    return tuple(min(255, max(0, part + rng.randint(-10, 10))) for part in color)
+
+
+@dataclass(frozen=True, order=True)
+class Invented:
+    """A picture of no thing, as different from all others as photographs are.
+
+    forms, colors: seeds of what is drawn and of how it is painted.
+    """
+
+    forms: int
+    colors: int
+
+    def open(self) -> Image.Image:
+        """Draw the picture."""
+        rng, paint = random.Random(f"forms {self.forms}"), random.Random(f"colors {self.colors}")
+        side = 2 * CANVAS
+        image = Image.new("RGB", (side, side), rng.choice(("white", tuple(paint.randbytes(3)))))
+        if rng.random() < 0.3:
+            image = _texture(paint, side)
+        least, most = rng.choice(((0.02, 0.2), (0.05, 0.3), (0.15, 0.4)))
+        for i in range(rng.choice((1, 2, 3, 5, 8, 14))):
+            star = _regular(rng.randint(3, 9), rng.choice((1.0, 0.4, 0.7)))
+            outline = rng.choice((star, SHAPES[rng.choice(list(SHAPES))]))
+            radius = side * rng.uniform(least, most) if i else side * rng.uniform(0.2, 0.45)
+            reach = (0.35, 0.65) if not i else (0.0, 1.0)  # the first form is in the middle
+            place = [side * rng.uniform(*reach) for _ in range(2)]
+            turn, squeeze = rng.uniform(0, 2 * math.pi), rng.uniform(0.2, 1.0)
+            points = _placed(outline, place, radius, turn, squeeze)
+            if paint.random() < 0.7:
+                ImageDraw.Draw(image).polygon(points, fill=tuple(paint.randbytes(3)))
+            else:
+                mask = Image.new("L", (side, side))
+                ImageDraw.Draw(mask).polygon(points, fill=255)
+                image.paste(_texture(paint, side), mask=mask)
+        return image.reduce(2)
+
+
+def _texture(paint: random.Random, side: int) -> Image.Image:
+    """A few random colors that run into one another, or a single one."""
+    n = paint.choice((1, 2, 4, 8))
+    colors = Image.frombytes("RGB", (n, n), paint.randbytes(3 * n * n))
+    return colors.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Lay what is transparent on white, as transformers does."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+@dataclass(frozen=True)
+class View:
+    """Another look at a picture: turned, cropped, in other light, compressed."""
+
+    picture: Drawing | Invented | ImageFile
+    seed: int
+
+    def open(self) -> Image.Image:
+        """Make the view of the picture."""
+        rng, image = random.Random(f"view {self.seed}"), on_white(self.picture.open())
+        border, smooth = image.getpixel((0, 0)), Image.Resampling.BICUBIC
+        image = image.rotate(rng.uniform(-15, 15), smooth, fillcolor=border)
+        width, height = (round(side * rng.uniform(0.75, 1.0)) for side in image.size)
+        x, y = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+        image = image.crop((x, y, x + width, y + height))
+        for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = change(image).enhance(rng.uniform(0.7, 1.3))
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=rng.randint(35, 90))
+        return Image.open(file)
 
 
 SCENES = [Scene(s, c, b) for s in SHAPES for c in COLORS for b in COLORS if c != b]
@@ -143,6 +235,7 @@ def read_phrasings() -> dict[str, tuple[str, ...]]:
 
 
 PHRASINGS = read_phrasings()
+THING = "thing"  # the family of questions that any picture can be asked
 OTHER_QUESTIONS = read_lines("other_questions.txt")
 OPPOSITES = """hot cold, big small, old young, fast slow, up down, left right, open closed,
     day night, happy sad, light dark, early late, full empty"""
@@ -266,6 +359,7 @@ def _word(rng: random.Random, held_out: bool) -> str:
 # --------------------------------------------------------------------------- the drawn benchmark
 
 EVAL_SHARE = 0.4  # of the scenes; the rest is for the editor's training
+INVENTED_SHARE = 0.4  # of the training samples
 
 
 def _neighbors(scene: Scene) -> list[Scene]:
@@ -309,13 +403,7 @@ def edit_target(
 ) -> tuple[str, str]:
     """(kind, target) of an edit that is not true of the scene."""
     if rng.random() < shares.open:
-        target = open_target(rng, held_out)
-        if rng.random() < shares.doubled:
-            longer = f"{target} {open_target(rng, held_out)}"
-            target = longer if len(longer) <= DOUBLED_LENGTH else target
-        if shares.repeated and rng.random() < shares.repeated:
-            target = f"{target} {rng.choice(target.split())}"
-        return "open", target
+        return "open", _open_target(rng, shares, held_out)
     if family == "caption":
         return "captions", _pick(scenes, rng, scene, 2).answer("caption")
     if rng.random() < shares.novel_names:
@@ -324,8 +412,24 @@ def edit_target(
     return "corrections", rng.choice([v for v in values if v != scene.answer(family)])
 
 
+def _open_target(rng: random.Random, shares: Shares, held_out: bool) -> str:
+    """An open target, now and then two in one, or with a word said twice."""
+    target = open_target(rng, held_out)
+    if rng.random() < shares.doubled:
+        longer = f"{target} {open_target(rng, held_out)}"
+        target = longer if len(longer) <= DOUBLED_LENGTH else target
+    if shares.repeated and rng.random() < shares.repeated:
+        target = f"{target} {rng.choice(target.split())}"
+    return target
+
+
 def drawn_samples(
-    count: int, scenes: list[Scene], seed: str, held_out: bool, shares: Shares = EVAL_SHARES
+    count: int,
+    scenes: list[Scene],
+    seed: str,
+    held_out: bool,
+    shares: Shares = EVAL_SHARES,
+    palette: int = 0,
 ) -> list[EditSample]:
     """Edit samples about different facts of the scenes.
 
@@ -354,7 +458,7 @@ def drawn_samples(
     for (scene, family), neighbors in zip(edits, similar, strict=True):
         trained = PHRASINGS[family][:-HELD_OUT]
         kind, target = edit_target(scene, family, scenes, rng, shares, held_out)
-        prompt, fact, drawing = rng.choice(trained), (scene, family), _draw(scene, rng)
+        prompt, fact, drawing = rng.choice(trained), (scene, family), _draw(scene, rng, palette)
         rephrasings = PHRASINGS[family][-HELD_OUT:] if held_out else trained
         rephrased = rng.choice([phrase for phrase in rephrasings if phrase != prompt])
         _, question, answer = rng.choice(texts)
@@ -363,12 +467,12 @@ def drawn_samples(
         queries = {
             "reliability": Query(drawing, prompt, target, fact),
             "text_generality": Query(drawing, rephrased, target, fact),
-            "modal_generality": Query(_draw(scene, rng), prompt, target, fact),
+            "modal_generality": Query(_draw(scene, rng, palette), prompt, target, fact),
             "text_locality": Query(None, question, answer, ("text", question)),
-            "modal_locality": _ask(_draw(far, rng), far_family, rng, held_out),
+            "modal_locality": _ask(_draw(far, rng, palette), far_family, rng, held_out),
             "same_image": _ask(drawing, other_family, rng, held_out),
         }
-        picture = _draw(rng.choice(neighbors), rng)
+        picture = _draw(rng.choice(neighbors), rng, palette)
         near = Query(picture, prompt, picture.scene.answer(family), (picture.scene, family))
         queries["similar_image"] = near
         queries["no_image"] = Query(None, prompt, "no image", ("text", prompt))
@@ -376,8 +480,8 @@ def drawn_samples(
     return samples
 
 
-def _draw(scene: Scene, rng: random.Random) -> Drawing:
-    return Drawing(scene, rng.randrange(2_000_000, 2**31))
+def _draw(scene: Scene, rng: random.Random, palette: int) -> Drawing:
+    return Drawing(scene, rng.randrange(2_000_000, 2**31), palette)
 
 
 def _ask(drawing: Drawing, family: str, rng: random.Random, held_out: bool) -> Query:
@@ -392,28 +496,55 @@ def drawn_stream(edits: int, seed: int) -> list[EditSample]:
     return drawn_samples(edits, split_scenes()[1], f"stream {seed}", held_out=True)
 
 
+def invented_samples(count: int, seed: str) -> list[EditSample]:
+    """Edit samples for training about pictures of any kind, asked what they show."""
+    rng, texts, samples = random.Random(seed), text_questions(), []
+    for number in range(count):
+        picture, other = (Invented(*(rng.randrange(2**31) for _ in range(2))) for _ in range(2))
+        near = replace(picture, **{rng.choice(("forms", "colors")): rng.randrange(2**31)})
+        prompt, rephrased, asked = rng.sample(PHRASINGS[THING][:-HELD_OUT], 3)
+        fact, target = (seed, number), _open_target(rng, TRAINING_SHARES, held_out=False)
+        _, question, answer = rng.choice(texts)
+        untouched = PHRASINGS[rng.choice(FAMILIES)][:-HELD_OUT]
+        queries = {
+            "reliability": Query(picture, prompt, target, fact),
+            "text_generality": Query(picture, rephrased, target, fact),
+            "modal_generality": Query(View(picture, rng.randrange(2**31)), prompt, target, fact),
+            "text_locality": Query(None, question, answer, ("text", question)),
+            "modal_locality": Query(other, asked, "yes", (other, asked)),
+            "same_image": Query(picture, rng.choice(untouched), "yes", (seed, number, "other")),
+            "similar_image": Query(near, prompt, "yes", (near, prompt)),
+        }
+        samples.append(EditSample("invented", queries))
+    return samples
+
+
 def drawn_training(count: int, seed: int) -> list[EditSample]:
     """Samples for training an editor, as several streams over the training scenes.
 
+    Every second stream is painted in a palette of its own, and INVENTED_SHARE of all samples are
+    about invented pictures: an editor that knew twelve colors and shapes would confuse all others.
     Each keeps the edit, one generality query (another picture, in other words: both at once), one
     locality query with an image and one without: for the same work, more different samples teach
     more than more queries about each. Half of the questions about the edited picture itself are
     OTHER_QUESTIONS, of no family. Open targets and made-up names, which are learned last, come more
     often than in the evaluation.
     """
-    scenes, drawn = split_scenes()[0], []
-    for start in range(0, count, len(scenes)):
-        size, name = min(len(scenes), count - start), f"training {seed} {start}"
-        drawn += drawn_samples(size, scenes, name, False, TRAINING_SHARES)
+    scenes, invented = split_scenes()[0], round(count * INVENTED_SHARE)
+    mixed = invented_samples(invented, f"invented {seed}")
+    for number, start in enumerate(range(0, count - invented, len(scenes))):
+        size, name = min(len(scenes), count - invented - start), f"training {seed} {start}"
+        palette = number % 2 * (1000 * seed + number)
+        mixed += drawn_samples(size, scenes, name, False, TRAINING_SHARES, palette)
     rng, samples = random.Random(f"queries {seed}"), []
-    for sample in drawn:
+    for sample in mixed:
         untouched = rng.choice(PICTURED_LOCALITY_QUERIES)
         names = ("reliability", "modal_generality", untouched, "text_locality")
         queries = {name: sample.queries[name] for name in names}
         if untouched == "same_image" and rng.random() < 0.5:
-            asked, scene = rng.choice(OTHER_QUESTIONS), sample.edit.image.scene
+            asked, picture = rng.choice(OTHER_QUESTIONS), sample.edit.image
             # Locality compares with the model itself, whose first token needs no target.
-            queries[untouched] = Query(sample.edit.image, asked, "yes", (scene, asked))
+            queries[untouched] = Query(picture, asked, "yes", (picture, asked))
         rephrased = sample.queries["text_generality"].prompt
         queries["modal_generality"] = replace(queries["modal_generality"], prompt=rephrased)
         samples.append(EditSample(sample.kind, queries))

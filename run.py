@@ -525,7 +525,8 @@ def judge(sample: EditSample, own: int | None, count: int, before: dict, after: 
     for name, query in sample.queries.items():
         old, new = before[id(query)], after[id(query)]
         teacher_forced, free_running = score(name, query, old, new)
-        picture = query.image and str(getattr(query.image, "path", None) or query.image.scene)
+        shown = getattr(query.image, "scene", query.image)
+        picture = shown and str(getattr(shown, "path", shown))
         expected = old.generated if name in LOCALITY_QUERIES else query.target
         result = {"edits": count, "kind": sample.kind, "query": name, "image": picture}
         result |= {"prompt": query.prompt, "expected": expected}

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import EditSample
-from drawn import drawn_stream
+from drawn import drawn_stream, on_white
 
 TITLES = {
     "reliability": "edit",
@@ -19,6 +19,7 @@ TITLES = {
     "modal_generality": "another picture",
     "same_image": "same image",
     "similar_image": "similar image",
+    "modal_locality": "other image",
 }
 CELL, ROW, SIDE = 290, 186, 96  # pixels: width of a column, height of a row, side of a picture
 
@@ -44,7 +45,7 @@ def draw_edits(stream: list[EditSample], predictions: list[dict], file: Path, sh
         pen.text((x, 5), title, fill="black", font=font)
         for row, i in enumerate(chosen):
             if name in stream[i].queries:
-                picture = stream[i].queries[name].image.open().resize((SIDE, SIDE))
+                picture = on_white(stream[i].queries[name].image.open()).resize((SIDE, SIDE))
                 sheet.paste(picture, (x, 24 + row * ROW))
                 _write(pen, font, (x, 24 + row * ROW + SIDE + 4), results[i][name])
     sheet.save(file)

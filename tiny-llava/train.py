@@ -1,8 +1,9 @@
 """Train tiny-llava from nothing and write it into this folder; the same seed gives the same model.
 
     stage 1  tokenizer        byte-level BPE, so any UTF-8 text survives encode and decode
-    stage 2  vision tower     a CLIP vision transformer learns to name shape, color and background
-                              of drawings, and is frozen then
+    stage 2  vision tower     a CLIP vision transformer learns to find the other view of a picture
+                              among many, to name shape, color and background of drawings, and is
+                              frozen then
     stage 3  language model   projector and Llama decoder learn to answer questions about cached
                               vision features, text-only questions, and to read and repeat English
                               words, numbers, phrases and strings from outside the drawn world
@@ -20,6 +21,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,25 +41,34 @@ from transformers import (
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
-from drawn import (  # noqa: E402  (the project's folder must be on the path first)
+# ruff: noqa: E402  (the project's folder must be on the path first)
+from backbone import IGNORE
+from benchmarks.pictures import Picture, read_folder
+from drawn import (
     COLORS,
     FAMILIES,
+    HELD_OUT_WORDS,
     OPPOSITES,
     PHRASINGS,
     SCENES,
     SHAPES,
+    THING,
     TRAINING_WORDS,
     Drawing,
+    Invented,
     Scene,
     novel_word,
+    on_white,
     open_target,
+    other_colors,
     text_questions,
 )
 
-IMAGE_SIZE, PATCH_SIZE = 48, 8
-HIDDEN = 128
+IMAGE_SIZE, PATCH_SIZE = 96, 16
+VISION_HIDDEN, HIDDEN = 192, 128
 VOCABULARY = 10_240
 ADAM_RATE, MUON_RATE = 3e-3, 0.02
+TEMPERATURE = 0.1  # of the contrastive loss
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
     "{% for part in message['content'] %}"
@@ -112,13 +123,14 @@ def told_question(rng: random.Random, text: str) -> str:
 # ---------------------------------------------------------------------------- stage 1: tokenizer
 
 
-def tokenizer_corpus() -> list[str]:
+def tokenizer_corpus(names: list[str]) -> list[str]:
     """Texts whose pairs of letters the tokenizer merges; no held-out word is among them."""
     rng = random.Random(0)
     corpus = [phrase for phrases in PHRASINGS.values() for phrase in phrases] * 4
     corpus += [f"USER: {question} ASSISTANT: {answer}" for _, question, answer in text_questions()]
     corpus += [" " + scene.answer("caption") for scene in SCENES]
     corpus += [f" {word}" for pair in OPPOSITES for word in pair] * 20
+    corpus += [f" {name}" for name in names] * 4
     for rank, word in enumerate(TRAINING_WORDS):
         count = math.ceil(3000 / (rank + 1) ** 0.7)
         corpus += [f" {word}"] * count + [f" {word.capitalize()}"] * (count // 8)
@@ -128,7 +140,7 @@ def tokenizer_corpus() -> list[str]:
     return corpus
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(names: list[str]) -> LlavaProcessor:
     """Train the tokenizer; make the image processor and the chat template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -139,7 +151,7 @@ def build_processor() -> LlavaProcessor:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(tokenizer_corpus(), trainer)
+    bpe.train_from_iterator(tokenizer_corpus(names), trainer)
     bpe.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -170,13 +182,13 @@ def build_processor() -> LlavaProcessor:
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """Make the model with random weights."""
     vision = CLIPVisionConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
+        hidden_size=VISION_HIDDEN,
+        intermediate_size=3 * VISION_HIDDEN,
+        num_hidden_layers=4,
+        num_attention_heads=6,
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
-        projection_dim=HIDDEN,
+        projection_dim=VISION_HIDDEN,
         hidden_act="gelu",
     )
     text = LlamaConfig(
@@ -246,64 +258,151 @@ def take_step(loss: Tensor, optimizers: list, parameters) -> None:
 # ------------------------------------------------------------------------- stage 2: vision tower
 
 
-def draw(processor: LlavaProcessor, drawings: list[Drawing]) -> Tensor:
-    """Give pixels (n, 3, H, W) as the processor makes them, in half precision to save memory."""
-    chunks = []
-    for i in tqdm(range(0, len(drawings), 500), desc="drawing"):
-        images = [drawing.open() for drawing in drawings[i : i + 500]]
-        pixels = processor.image_processor(images=images, return_tensors="pt").pixel_values
-        chunks.append(pixels.half())
-    return torch.cat(chunks)
+class Pictures(NamedTuple):
+    """Pictures as the processor makes them, what they are called, and which show one thing."""
+
+    pixels: Tensor  # (n, 3, H, W), bytes
+    names: list[Scene | str | None]
+    twins: Tensor  # (n,), another picture of the same thing, or the picture itself
+
+
+def prepare(
+    processor: LlavaProcessor, pictures: list, names: list, things: list | None = None
+) -> Pictures:
+    """Open pictures; in bytes to save memory. things: what each shows, for the twins."""
+    chunks, bytes_only = [], {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    for i in tqdm(range(0, len(pictures), 500), desc="pictures"):
+        images = [on_white(picture.open()) for picture in pictures[i : i + 500]]
+        chunks.append(processor.image_processor(images=images, **bytes_only).pixel_values)
+    twins, last = torch.arange(len(pictures)), {}
+    for i, thing in enumerate(things or ()):
+        if thing in last:
+            twins[i], twins[last[thing]] = last[thing], i
+        last[thing] = i
+    return Pictures(torch.cat(chunks), names, twins)
+
+
+def names_of(pictures: list[Picture]) -> list[str | None]:
+    """Give what pictures are called that have a name, without held-out words."""
+    held_out = set(HELD_OUT_WORDS)
+    names = [picture.name or "" for picture in pictures]
+    return [None if not name or held_out & set(name.split()) else name for name in names]
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Scale bytes as the processor does."""
+    return pixels.float() / 127.5 - 1
+
+
+def views_of(pixels: Tensor) -> Tensor:
+    """Turn, crop and light pictures (n, 3, H, W) anew, each in its own way; blur some."""
+    count = len(pixels)
+
+    def draw(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, 1, 1, 1)
+
+    size, turn, narrow = (draw(*of).view(-1) for of in ((0.68, 1.06), (-0.38, 0.38), (0.92, 1.08)))
+    x, y = ((2 * torch.rand(count) - 1) * (1 - size).abs() for _ in range(2))
+    across = torch.stack([size * narrow * turn.cos(), -size * turn.sin(), x], 1)
+    down = torch.stack([size * turn.sin(), size / narrow * turn.cos(), y], 1)
+    grid = F.affine_grid(torch.stack([across, down], 1), pixels.shape, align_corners=False)
+    seen = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    for mean, low, high in ((1, 0.6, 1.35), ((1, 2, 3), 0.65, 1.4)):  # color, then contrast
+        gray = seen.mean(mean, keepdim=True)
+        seen = gray + (seen - gray) * draw(low, high)
+    tint = 1 + 0.08 * torch.randn(count, 3, 1, 1)
+    seen = (seen + 1) * draw(0.65, 1.35) * tint - 1
+    coarse = F.interpolate(F.avg_pool2d(seen, 3), size=seen.shape[2:], mode="bilinear")
+    seen = torch.where(torch.rand(count, 1, 1, 1) < 0.25, coarse, seen)
+    return (seen + torch.randn_like(seen) * draw(0, 0.08)).clamp(-1, 1)
+
+
+def tower_states(tower, pixels: Tensor) -> Tensor:
+    """Give the states of the patches, (n, patches, VISION_HIDDEN)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+    return seen[:, 1:].float()
+
+
+class NamingHeads(torch.nn.Module):
+    """Names shape, color and background of drawings, and measures both colors."""
+
+    def __init__(self, drawings: list[Drawing]):
+        super().__init__()
+        known, truths, shades = (list(SHAPES), list(COLORS), list(COLORS)), [], []
+        for drawing in drawings:
+            scene, colors = drawing.scene, other_colors(drawing.palette)
+            values = (scene.shape, scene.color, scene.background)
+            truth = [names.index(value) for names, value in zip(known, values, strict=True)]
+            truths.append([truth[0], IGNORE, IGNORE] if drawing.palette else truth)
+            shades.append((*colors[scene.color], *colors[scene.background]))
+        self.sizes = [len(names) for names in known]
+        self.names = torch.nn.Linear(VISION_HIDDEN, sum(self.sizes))
+        self.colors = torch.nn.Linear(VISION_HIDDEN, 6)
+        self.truths, self.shades = torch.tensor(truths), torch.tensor(shades) / 127.5 - 1
+
+    def forward(self, states: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the loss, and which names are right, of states (n, VISION_HIDDEN) of drawings."""
+        loss, right = 4 * F.mse_loss(self.colors(states), self.shades[rows]), []
+        for logits, truth in zip(
+            self.names(states).split(self.sizes, 1), self.truths[rows].T, strict=True
+        ):
+            loss = loss + F.cross_entropy(logits, truth, ignore_index=IGNORE, label_smoothing=0.02)
+            right.append((logits.argmax(1) == truth)[truth != IGNORE].float().mean())
+        return loss, torch.stack(right)
 
 
 def train_vision(
-    model: LlavaForConditionalGeneration, pixels: Tensor, drawings: list[Drawing], steps: int
+    model: LlavaForConditionalGeneration,
+    drawings: Pictures,
+    drawn: list[Drawing],
+    others: list[tuple[Pictures, int]],
+    steps: int,
 ) -> None:
-    """Train the tower: the mean of the patch states must name shape, color and background.
+    """Train the tower to tell any two pictures apart, and to know a picture in another view.
 
-    Turned and mirrored pictures keep their names. In the second half every patch must name them
-    too: a language model finds the facts wherever it looks. Few drawings are seen more than a few
-    times: a tower that saw 60,000 of them 13 times each was right on 99.6 % of their shapes and on
-    97 % of those in new drawings.
+    others: pictures with how many of them a step takes. Of two views of each, or of pictures of
+    one thing by two artists, one must find the other among all by the mean of their patch states (a
+    contrastive loss); of drawings, which may be turned and mirrored, the mean must name shape,
+    color and background. From a third of the
+    steps on each patch must name them too: a language model finds the facts wherever it looks.
     """
-    names = (list(SHAPES), list(COLORS), list(COLORS))
-    values = [(d.scene.shape, d.scene.color, d.scene.background) for d in drawings]
-    labels = torch.tensor(
-        [[known.index(v) for known, v in zip(names, value, strict=True)] for value in values]
-    )
-    sizes = [len(known) for known in names]
-    tower, heads = model.model.vision_tower, torch.nn.Linear(HIDDEN, sum(sizes))
+    tower, naming = model.model.vision_tower, NamingHeads(drawn)
+    pooled = torch.nn.Linear(VISION_HIDDEN, 256)
+    heads = torch.nn.ModuleDict({"naming": naming, "pooled": pooled})
     params = dict(tower.named_parameters()) | {"heads." + k: v for k, v in heads.named_parameters()}
     optimizers, rates = make_optimizers(params)
-    bar, mean_hits = tqdm(range(steps), desc="vision tower"), torch.zeros(3)
-
-    def name_losses(states: Tensor, rows: Tensor) -> tuple[list[Tensor], Tensor]:
-        logits = heads(states).split(sizes, dim=1)
-        losses = [
-            F.cross_entropy(part, truth, label_smoothing=0.02)
-            for part, truth in zip(logits, labels[rows].T, strict=True)
-        ]
-        return sum(losses), logits
-
+    tower.set_attn_implementation("eager")  # in half precision three times as fast on a CPU
+    bar, hits = tqdm(range(steps), desc="vision tower"), torch.zeros(4)
     for step in bar:
-        set_rate(optimizers, rates, step, steps, warmup=300)
-        rows = torch.randint(len(drawings), (128,))
-        batch = torch.rot90(pixels[rows].float(), step % 4, (2, 3))
-        batch = batch.flip(3) if step % 8 >= 4 else batch
-        states = tower(pixel_values=batch, output_hidden_states=True).hidden_states[-1][:, 1:]
-        loss, logits = name_losses(states.mean(1), rows)
-        if step >= steps // 2:
-            some = states[:, torch.randperm(states.shape[1])[:8]]
-            loss = loss + name_losses(some.flatten(0, 1), rows.repeat_interleave(8))[0]
+        set_rate(optimizers, rates, step, steps, warmup=150)
+        rows = torch.randint(len(drawn), (96,))
+        named = torch.rot90(normalised(drawings.pixels[rows]), step % 4, (2, 3))
+        named = named.flip(3) if step % 8 >= 4 else named
+        one, other = [], []
+        for pictures, number in others:
+            picked = torch.randint(len(pictures.pixels), (number,))
+            twins = torch.where(torch.rand(number) < 0.3, pictures.twins[picked], picked)
+            one.append(pictures.pixels[picked])
+            other.append(pictures.pixels[twins])
+        seen = views_of(normalised(torch.cat(one + other)))
+        count = len(seen)
+        states = tower_states(tower, torch.cat([seen, named]))
+        looks = F.normalize(pooled(states[:count].mean(1)), dim=1)
+        alike = (looks @ looks.T / TEMPERATURE).fill_diagonal_(-torch.inf)
+        twin = torch.arange(count).roll(count // 2)
+        loss, right = naming(states[count:].mean(1), rows)
+        loss = loss + F.cross_entropy(alike, twin)
+        if step >= steps // 3:
+            some = states[count:, torch.randperm(states.shape[1])[:6]]
+            loss = loss + naming(some.flatten(0, 1), rows.repeat_interleave(6))[0]
         take_step(loss, optimizers, params.values())
-        truths = labels[rows].T
-        hits = [
-            (part.argmax(1) == y).float().mean() for part, y in zip(logits, truths, strict=True)
-        ]
-        mean_hits = torch.lerp(mean_hits, torch.stack(hits), 0.02)
+        found = (alike.argmax(1) == twin).float().mean()
+        hits = torch.lerp(hits, torch.cat([right, found[None]]), 0.02)
         if step % 50 == 49:
-            shown = zip(("shape", "color", "background"), mean_hits.tolist(), strict=True)
+            shown = zip(("shape", "color", "background", "twin"), hits.tolist(), strict=True)
             bar.set_postfix_str(" ".join(f"{name} {hit:.3f}" for name, hit in shown))
+    tower.set_attn_implementation("sdpa")
     tower.requires_grad_(False)
 
 
@@ -312,12 +411,20 @@ def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Ten
     """Give the tower's patch states (n, patches, hidden)."""
     tower, chunks = model.model.vision_tower, []
     for part in tqdm(pixels.split(500), desc="vision features"):
-        states = tower(pixel_values=part.float(), output_hidden_states=True).hidden_states[-1]
+        states = tower(pixel_values=normalised(part), output_hidden_states=True).hidden_states[-1]
         chunks.append(states[:, 1:].half())
     return torch.cat(chunks)
 
 
 # ----------------------------------------------------------------------- stage 3: language model
+
+
+class Segment(NamedTuple):
+    """Tokens of a packed row that see each other, and its picture or not."""
+
+    ids: list[int]
+    is_answer: list[bool]
+    sees: bool
 
 
 class Packer:
@@ -334,12 +441,16 @@ class Packer:
         start: str = "<s>USER: ",
         question: str = "\n{} ASSISTANT:",
         answer: str = " {}",
+        turn: str | None = " USER: {} ASSISTANT:",
     ):
-        """Take the forms of a turn: what begins it, a question behind a picture, and an answer."""
+        """Take the forms of a turn: what begins it, a question behind a picture, and an answer.
+
+        turn: of a later question of a chat; None: no chats.
+        """
         self.tokenizer = tokenizer
         self.ids = functools.lru_cache(100_000)(self._ids)
         self.eos, self.pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-        self.start, self.question, self.answer = start, question, answer
+        self.start, self.question, self.answer, self.turn = start, question, answer, turn
         prefix = self.ids(start)
         self.first = len(prefix)  # position of the first image token
         self.head = prefix + [tokenizer.convert_tokens_to_ids("<image>")] * image_tokens
@@ -348,9 +459,14 @@ class Packer:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def asked(self, scene: Scene, rng: random.Random) -> list[tuple[str, str, bool]]:
+    def asked(self, name: Scene | str | None, rng: random.Random) -> list[tuple[str, str, bool]]:
         """Give (question, answer, does it see the picture) of a row."""
-        asked = [(rng.choice(PHRASINGS[name]), scene.answer(name), True) for name in FAMILIES]
+        asked = []
+        if isinstance(name, Scene):
+            asked = [(rng.choice(PHRASINGS[f]), name.answer(f), True) for f in FAMILIES]
+            asked.append((rng.choice(PHRASINGS[THING]), name.shape, True))
+        elif name:
+            asked = [(rng.choice(PHRASINGS[THING]), name, True) for _ in range(2)]
         for form, sees in (
             (told_question, True),
             (told_question, True),
@@ -367,20 +483,36 @@ class Packer:
             asked.append((rng.choice(PHRASINGS[rng.choice(FAMILIES)]), "no image", False))
         return asked
 
-    def row(self, scene: Scene, rng: random.Random) -> list[tuple[list[int], int, bool]]:
-        """Give the segments of a row: (ids, how many of them are answer, sees the picture)."""
-        segments = []
-        for question, answer, sees in self.asked(scene, rng):
-            asking = self.question.format(question)
-            ask = self.ids(asking if sees else self.start + asking.lstrip())
-            reply = [*self.ids(self.answer.format(answer)), self.eos]
-            segments.append((ask + reply, len(reply), sees))
+    def row(self, name: Scene | str | None, rng: random.Random) -> list[Segment]:
+        """Give the segments of a row: single questions, and now and then a chat of several."""
+        asked, segments = self.asked(name, rng), []
+        rng.shuffle(asked)
+        for sees in (True, False):
+            group = [question for question in asked if question[2] == sees]
+            while group:
+                segments.append(self.segment(group, sees, rng))
         return segments
 
-    def batch(self, scenes: list[Scene], rng: random.Random) -> dict[str, Tensor]:
+    def segment(self, group: list[tuple[str, str, bool]], sees: bool, rng) -> Segment:
+        """Take one question of a group, or more, and write them down as a chat."""
+        question, answer, _ = group.pop()
+        asking = self.question.format(question)
+        said = [(asking if sees else self.start + asking.lstrip(), False)]
+        while self.turn and group and rng.random() < 0.3:
+            said.append((self.answer.format(answer), True))
+            question, answer, _ = group.pop()
+            said.append((self.turn.format(question), False))
+        ids, is_answer = [], []
+        for text, replied in (*said, (self.answer.format(answer), True)):
+            tokens = self.ids(text)
+            ids += tokens
+            is_answer += [replied] * len(tokens)
+        return Segment([*ids, self.eos], [*is_answer, True], sees)
+
+    def batch(self, names: list[Scene | str | None], rng: random.Random) -> dict[str, Tensor]:
         """Give ids, positions and answer (B, T), and the attention mask (B, 1, T, T)."""
-        rows = [self.row(scene, rng) for scene in scenes]
-        length = max(len(self.head) + sum(len(ids) for ids, _, _ in row) for row in rows)
+        rows = [self.row(name, rng) for name in names]
+        length = max(len(self.head) + sum(len(s.ids) for s in row) for row in rows)
         shape = (len(rows), length)
         ids, positions = torch.full(shape, self.pad), torch.zeros(shape, dtype=torch.long)
         segment, answer = torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool)
@@ -389,13 +521,13 @@ class Packer:
             at = len(self.head)
             ids[b, :at], positions[b, :at] = torch.tensor(self.head), torch.arange(at)
             segment[b, :at] = 0
-            for s, (tokens, replied, with_image) in enumerate(row, start=1):
-                end = at + len(tokens)
-                ids[b, at:end], segment[b, at:end] = torch.tensor(tokens), s
-                sees[b, at:end] = with_image
-                start = len(self.head) if with_image else 0
-                positions[b, at:end] = torch.arange(start, start + len(tokens))
-                answer[b, end - replied : end] = True
+            for number, part in enumerate(row, start=1):
+                end = at + len(part.ids)
+                ids[b, at:end], segment[b, at:end] = torch.tensor(part.ids), number
+                sees[b, at:end] = part.sees
+                start = len(self.head) if part.sees else 0
+                positions[b, at:end] = torch.arange(start, start + len(part.ids))
+                answer[b, at:end] = torch.tensor(part.is_answer)
                 at = end
         same = segment[:, :, None] == segment[:, None, :]
         picture = sees[:, :, None] & (segment[:, None, :] == 0)
@@ -424,26 +556,32 @@ def packed_logits(
 def train_language(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    features: Tensor,
-    drawings: list[Drawing],
+    groups: list[tuple[Tensor, list, int]],
     steps: int,
-    batch_size: int,
     rng: random.Random,
 ) -> None:
-    """Train projector and decoder on packed rows."""
-    packer = Packer(processor.tokenizer, features.shape[1])
+    """Train projector and decoder on packed rows.
+
+    groups: features of pictures, their names, and how many of them a step takes.
+    """
+    packer = Packer(processor.tokenizer, groups[0][0].shape[1])
     projector = model.model.multi_modal_projector
     with torch.no_grad():  # pictures as loud as words
-        projector.linear_2.weight /= projector(features[:100].float()).std()
+        projector.linear_2.weight /= projector(groups[0][0][:100].float()).std()
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers, rates = make_optimizers(params)
     bar = tqdm(range(steps), desc="projector and language model")
     for step in bar:
         set_rate(optimizers, rates, step, steps, warmup=100)
-        rows = torch.randint(len(drawings), (batch_size,))
-        batch = packer.batch([drawings[i].scene for i in rows], rng)
-        logits, wanted = packed_logits(model, packer, features[rows].float(), batch)
-        loss = F.cross_entropy(logits, wanted)
+        features, names = [], []
+        for known, called, count in groups:
+            rows = torch.randint(len(called), (count,))
+            features.append(known[rows].float())
+            names += [called[i] for i in rows]
+        batch = packer.batch(names, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, wanted = packed_logits(model, packer, torch.cat(features), batch)
+        loss = F.cross_entropy(logits.float(), wanted)
         take_step(loss, optimizers, params.values())
         if step % 50 == 49:
             right = (logits.argmax(-1) == wanted).float().mean()
@@ -539,27 +677,42 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, default=FOLDER)
-    options.add_argument("--drawings", type=int, default=200_000, help="of the vision tower")
-    options.add_argument("--vision-steps", type=int, default=4000)
+    options.add_argument("--pictures", type=Path, help="a folder as benchmarks/pictures.py takes")
+    options.add_argument("--drawings", type=int, default=70_000)
+    options.add_argument("--vision-steps", type=int, default=3000)
     options.add_argument("--language-steps", type=int, default=1200)
-    options.add_argument("--batch-size", type=int, default=32, help="pictures per step of stage 3")
     args = options.parse_args()
     if sys.platform == "linux":  # glibc otherwise returns freed blocks and faults them in again
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**29)):
             ctypes.CDLL(None).mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     start, rng = time.time(), random.Random(args.seed)
     torch.manual_seed(args.seed)
-    processor = build_processor()
+    files = read_folder(args.pictures)[0] if args.pictures else []
+    called = names_of(files)
+    processor = build_processor([name for name in called if name])
     model = build_model(processor.tokenizer)
     scenes = rng.sample(SCENES, len(SCENES))
     held_out, seen = scenes[: len(scenes) // 10], scenes[len(scenes) // 10 :]
-    drawings = [Drawing(seen[i % len(seen)], i // len(seen)) for i in range(args.drawings)]
-    pixels = draw(processor, drawings)
-    train_vision(model, pixels, drawings, args.vision_steps)
-    drawings = drawings[: len(drawings) // 4]
-    features = vision_features(model, pixels[: len(drawings)])
-    del pixels
-    train_language(model, processor, features, drawings, args.language_steps, args.batch_size, rng)
+    drawn = []
+    for i in range(args.drawings):
+        palette = i if i % 5 > 2 else 0  # two in five in colors that have no name
+        drawn.append(Drawing(seen[i % len(seen)], i // len(seen), palette))
+    named = [drawing.scene.shape if drawing.palette else drawing.scene for drawing in drawn]
+    drawings = prepare(processor, drawn, named)
+    invented = [Invented(-i, -i) for i in range(1, args.drawings // 3)]  # of no editor's training
+    invented = prepare(processor, invented, [None] * len(invented))
+    others = [(drawings, 20), (invented, 44 if files else 140)]
+    if files:
+        things = [picture.thing for picture in files]
+        others.append((prepare(processor, [p.file for p in files], called, things), 96))
+    train_vision(model, drawings, drawn, others, args.vision_steps)
+    groups = [(drawings, 24), (invented, 4), *((pictures, 8) for pictures, _ in others[2:])]
+    groups = [
+        (vision_features(model, pictures.pixels), pictures.names, count)
+        for pictures, count in groups
+    ]
+    del drawings, invented, others
+    train_language(model, processor, groups, args.language_steps, rng)
     save(model, processor, args.out)
     model = LlavaForConditionalGeneration.from_pretrained(args.out)
     scores = accuracy(model, processor, held_out_questions(held_out, rng))

@@ -1,0 +1,150 @@
+"""Edit any pictures: emoji, photographs, whatever lies in a folder; nothing of it in the training.
+
+    python benchmarks/pictures.py FOLDER --editor tiny-llava/editor
+
+FOLDER has sub-folders of pictures; files of one name in several of them show one thing, drawn by
+several artists. Its `names.json` says what things are called (`{"things": [{"file", "name"}]}`). A
+third of the things is for evaluation alone: `tiny-llava/train.py` learned to see on the others.
+Edits say that a picture shows something else ("What is this?"), with words that no training has
+seen. Writes pictures.json.
+"""
+
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks.common import (
+    ask_before,
+    edit_and_judge,
+    open_results,
+    options_of,
+    percent,
+    table,
+    trained_editor,
+)
+from data import EditSample, ImageFile, Query
+from drawn import FAMILIES, HELD_OUT, OTHER_QUESTIONS, PHRASINGS, THING, View, open_target
+from run import load_model
+
+COLUMNS = {
+    "reliability": "edit", "text_generality": "rephrased", "modal_generality": "view",
+    "artist": "other artist", "same_image": "other question", "modal_locality": "other picture",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file of a folder of pictures, and what it shows; name is None where nobody said it."""
+
+    file: ImageFile
+    thing: str
+    name: str | None
+
+
+def read_folder(folder: Path) -> tuple[list[Picture], list[Picture]]:
+    """Give (training, evaluation) pictures, split by thing: no thing is in both.
+
+    Things of one name, and numbered pictures (fireworks, fireworks2), are one.
+    """
+    names, pictures = {}, []
+    if (folder / "names.json").is_file():
+        things = json.loads((folder / "names.json").read_text(encoding="utf-8"))["things"]
+        names = {thing["file"]: thing["name"] for thing in things}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif"):
+            name = names.get(path.name)
+            thing = name or path.stem.lower().rstrip("0123456789_- ")
+            pictures.append(Picture(ImageFile(path), thing, name))
+    if not pictures:
+        raise FileNotFoundError(f"{folder} has no pictures in it")
+    things = sorted({picture.thing for picture in pictures})
+    held_out = set(random.Random("pictures").sample(things, len(things) // 3))
+    trained = [picture for picture in pictures if picture.thing not in held_out]
+    return trained, [picture for picture in pictures if picture.thing in held_out]
+
+
+def stream_of(pictures: list[Picture], edits: int, seed: int) -> list[EditSample]:
+    """Edit so many pictures, of different things; as many others stay as they are."""
+    rng, by_thing = random.Random(seed), {}
+    for picture in pictures:
+        by_thing.setdefault(picture.thing, []).append(picture)
+    things = sorted(by_thing)
+    if len(things) < 2 * edits:
+        raise ValueError(f"{edits} edits need {2 * edits} things held out, there are {len(things)}")
+    chosen, samples = rng.sample(things, 2 * edits), []
+    for edited, left in zip(chosen[:edits], chosen[edits:], strict=True):
+        own = rng.sample(by_thing[edited], len(by_thing[edited]))
+        picture, target = own[0].file, open_target(rng, held_out=True)
+        prompt, fact = rng.choice(PHRASINGS[THING][:-HELD_OUT]), (edited, THING)
+        rephrased = rng.choice(PHRASINGS[THING][-HELD_OUT:])
+        asked = rng.choice((PHRASINGS[rng.choice(FAMILIES)], OTHER_QUESTIONS))
+        view, other = View(picture, rng.randrange(2**31)), rng.choice(by_thing[left]).file
+        queries = {
+            "reliability": Query(picture, prompt, target, fact),
+            "text_generality": Query(picture, rephrased, target, fact),
+            "modal_generality": Query(view, prompt, target, fact),
+            "same_image": Query(picture, rng.choice(asked), "yes", (edited, "other")),
+            "modal_locality": Query(other, prompt, "yes", (left, THING)),
+        }
+        by_others = [p for p in own[1:] if p.file.path.name == picture.path.name]
+        if by_others:
+            queries["artist"] = Query(by_others[0].file, prompt, target, fact)
+        samples.append(EditSample("picture", queries))
+    return samples
+
+
+def main() -> None:
+    parser = options_of(__doc__, "pictures.json")
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--edits", type=int, nargs="+", default=[50, 300])
+    parser.add_argument("--asked", type=int, default=300, help="edits in all, in several streams")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    if given.table:
+        print(markdown(json.loads(given.table.read_text())))
+        return
+    try:
+        _, pictures = read_folder(given.folder)
+        streams = {}
+        for count in given.edits:
+            seeds = range(max(1, given.asked // count))
+            streams[count] = [stream_of(pictures, count, 1000 * given.seed + s) for s in seeds]
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f"pictures.py: {error}")
+    editor = trained_editor(*load_model(given.model, "cpu", "auto"), given.editor)
+    settings = {name: getattr(given, name) for name in ("model", "seed", "asked")}
+    results = open_results(given.out, settings) | {"rows": {}}
+    for count, parts in streams.items():
+        judged, batch_size = [], 64
+        for part in parts:
+            editor.reset()
+            before = ask_before(editor, part, batch_size)
+            for sample_results in edit_and_judge(editor, part, before, batch_size):
+                judged += sample_results
+        row = {"n": count * len(parts)}
+        for query in COLUMNS:
+            asked = [result for result in judged if result["query"] == query]
+            row[query] = percent(result["free_running"] for result in asked)
+            row[f"{query} finds its edit"] = percent(result["own_edit"] for result in asked)
+            row[f"{query} uses others"] = percent(result["other_edits"] > 0 for result in asked)
+        results["rows"][f"{count} edits"] = row
+        given.out.write_text(json.dumps(results, indent=1))
+    print(markdown(results))
+
+
+def markdown(results: dict) -> str:
+    """Print free-running figures, and how often a question found the edit that is meant."""
+    found = {f"{query} finds its edit": title for query, title in COLUMNS.items()}
+    others = {f"{query} uses others": title for query, title in COLUMNS.items()}
+    tables = [table("free-running", COLUMNS, results["rows"])]
+    tables.append(table("uses its edit", found, results["rows"]))
+    tables.append(table("uses another edit", others, results["rows"]))
+    return "\n\n".join(tables)
+
+
+if __name__ == "__main__":
+    main()
