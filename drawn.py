@@ -537,6 +537,7 @@ def drawn_training(count: int, seed: int) -> list[EditSample]:
         palette = number % 2 * (1000 * seed + number)
         mixed += drawn_samples(size, scenes, name, False, TRAINING_SHARES, palette)
     rng, samples = random.Random(f"queries {seed}"), []
+    rng.shuffle(mixed)
     for sample in mixed:
         untouched = rng.choice(PICTURED_LOCALITY_QUERIES)
         names = ("reliability", "modal_generality", untouched, "text_locality")

@@ -15,6 +15,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.common import (
@@ -27,7 +30,7 @@ from benchmarks.common import (
     trained_editor,
 )
 from data import EditSample, ImageFile, Query
-from drawn import FAMILIES, HELD_OUT, OTHER_QUESTIONS, PHRASINGS, THING, View, open_target
+from drawn import FAMILIES, HELD_OUT, OTHER_QUESTIONS, PHRASINGS, THING, View, on_white, open_target
 from run import load_model
 
 COLUMNS = {
@@ -97,6 +100,27 @@ def stream_of(pictures: list[Picture], edits: int, seed: int) -> list[EditSample
     return samples
 
 
+@torch.no_grad()
+def lookup(model, processor, samples: list[EditSample], query: str) -> float | None:
+    """Tell how often the picture of a query is nearest to its own edit's, in per cent.
+
+    By the mean of what the model's eyes see of it: what can be found without any editor.
+    """
+
+    def looks(pictures: list) -> torch.Tensor:
+        images = [on_white(picture.open()) for picture in pictures]
+        pixels = processor.image_processor(images=images, return_tensors="pt").pixel_values
+        return model.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:].mean(1)
+
+    asked = [i for i, sample in enumerate(samples) if query in sample.queries]
+    if not asked:
+        return None
+    edited = looks([sample.edit.image for sample in samples])
+    seen = looks([samples[i].queries[query].image for i in asked])
+    edited, seen = (F.normalize((x - edited.mean(0)) / edited.std(0)) for x in (edited, seen))
+    return percent((seen @ edited.T).argmax(1) == torch.tensor(asked))
+
+
 def main() -> None:
     parser = options_of(__doc__, "pictures.json")
     parser.add_argument("folder", type=Path, nargs="?")
@@ -126,6 +150,9 @@ def main() -> None:
             for sample_results in edit_and_judge(editor, part, before, batch_size):
                 judged += sample_results
         row = {"n": count * len(parts)}
+        for query in ("modal_generality", "artist"):
+            found = [lookup(editor.model, editor.processor, part, query) for part in parts]
+            row[f"{query}, lookup"] = sum(found) / len(found)
         for query in COLUMNS:
             asked = [result for result in judged if result["query"] == query]
             row[query] = percent(result["free_running"] for result in asked)
@@ -141,6 +168,8 @@ def markdown(results: dict) -> str:
     found = {f"{query} finds its edit": title for query, title in COLUMNS.items()}
     others = {f"{query} uses others": title for query, title in COLUMNS.items()}
     tables = [table("free-running", COLUMNS, results["rows"])]
+    nearest = {"modal_generality, lookup": "view", "artist, lookup": "other artist"}
+    tables.append(table("nearest by the eyes", nearest, results["rows"]))
     tables.append(table("uses its edit", found, results["rows"]))
     tables.append(table("uses another edit", others, results["rows"]))
     return "\n\n".join(tables)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import COLUMNS, ask_before, edit_and_judge, open_results, percent, table
 from benchmarks.lengths import LONGEST, by_length
 from data import EditSample
+from drawn import Drawing
 from liveedit import LiveEdit
 from run import parse_options, prepare, report_row, set_up_process, train
 
@@ -36,9 +37,10 @@ LONG = 12  # characters
 
 
 def pictures_round_shapes(sample: EditSample) -> bool:
-    """Is one of the sample's pictures of a round shape?"""
-    pictured = [query.image for query in sample.queries.values() if query.image]
-    return any(image.scene.shape in ROUND_SHAPES for image in pictured)
+    """Is one of the sample's drawings of a round shape? Invented pictures have forms of any kind."""
+    pictured = [query.image for query in sample.queries.values()]
+    drawn = [image for image in pictured if isinstance(image, Drawing)]
+    return any(image.scene.shape in ROUND_SHAPES for image in drawn)
 
 
 def edits_a_round_shape(sample: EditSample) -> bool:
