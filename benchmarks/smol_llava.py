@@ -218,13 +218,15 @@ def train(
     """Train the projector and, slowly, the decoder on packed rows and on plain language."""
     scenes = seen_and_held_out()[0]
     drawings = [Drawing(rng.choice(scenes), i) for i in range(options.drawings)]
-    features = tiny_training.vision_features(model, tiny_training.draw(processor, drawings))
+    pictures = tiny_training.prepare(processor, drawings, [])
+    features = tiny_training.vision_features(model, pictures.pixels)
     packer = PicturePacker(
         processor.tokenizer,
         features.shape[1],
         start="<|im_start|>user\n",
         question="\n{}<|im_end|>\n<|im_start|>assistant\n",
         answer="{}",
+        turn=None,
     )
     language, projector = model.model.language_model, model.model.multi_modal_projector
     model.requires_grad_(False)

@@ -37,7 +37,7 @@ LONG = 12  # characters
 
 
 def pictures_round_shapes(sample: EditSample) -> bool:
-    """Is one of the sample's drawings of a round shape? Invented pictures have forms of any kind."""
+    """Is a drawing of the sample of a round shape? Invented pictures have forms of any kind."""
     pictured = [query.image for query in sample.queries.values()]
     drawn = [image for image in pictured if isinstance(image, Drawing)]
     return any(image.scene.shape in ROUND_SHAPES for image in drawn)
