@@ -45,16 +45,12 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class Query:
-    """One question with its answer; for locality, the answer that the metric is read on.
-
-    `fact` names what is asked of what: an edit of a fact changes the answer of every query with
-    that fact and of no other.
-    """
+    """One question with its answer; for locality, the answer that the metric is read on."""
 
     image: ImageFile | None  # or whatever else opens as a picture, as drawn.Drawing does
     prompt: str
     target: str
-    fact: tuple
+    fact: tuple  # what is asked of what: an edit changes all answers about its fact, and no other
 
 
 @dataclass(frozen=True)
@@ -76,16 +72,10 @@ class EditSample:
 
 
 class Batches:
-    """Which samples train together: triples of `size` edits with their queries, some in each step.
-
-    In a step no fact is edited twice and no locality query asks for an edited fact.
-    """
+    """Which samples train together: triples of `size` edits with their queries, some in a step."""
 
     def __init__(self, samples: list[EditSample], size: int, joined: int, seed: str):
-        """Put the samples into triples, of which `joined` make a step.
-
-        Raises ValueError if not even one triple can be filled.
-        """
+        """Make triples, `joined` to a step. Raises ValueError if not even one can be filled."""
         self.facts = [(sample.edit.fact, sample.untouched_facts()) for sample in samples]
         self.joined, self.seed, self.triples, filling = joined, seed, [], []
         for i in random.Random(seed).sample(range(len(samples)), len(samples)):
@@ -97,8 +87,7 @@ class Batches:
                 self.triples.append(triple)
                 filling.remove(triple)
         if not self.triples:
-            reason = f"contradict one another, or are too few, in each batch of {size}"
-            raise ValueError(f"the {len(samples)} samples {reason}; take smaller batches")
+            raise ValueError(f"{len(samples)} samples contradict one another in batches of {size}")
 
     def agree(self, chosen: list[int]) -> bool:
         """Tell whether no fact of these samples is edited twice, or edited and to be kept."""
@@ -111,11 +100,10 @@ class Batches:
         together = [number % len(self.triples)]
         numbers = list(range(len(self.triples)))
         random.Random(f"{self.seed} {number}").shuffle(numbers)
-        for other in numbers:
-            if len(together) == self.joined:
-                break
-            if self.agree([i for n in (*together, other) for i in self.triples[n]]):
-                together.append(other)
+        while numbers and len(together) < self.joined:
+            tried = [*together, numbers.pop(0)]
+            if self.agree([i for n in tried for i in self.triples[n]]):
+                together = tried
         return together
 
 
@@ -148,10 +136,7 @@ class Answer:
 
 
 def score(name: str, query: Query, before: Answer, after: Answer) -> tuple[float, float]:
-    """Score (teacher-forced, free-running) in [0, 1].
-
-    Reliability and generality compare with the target, locality with the answer before the edits.
-    """
+    """Score (teacher-forced, free-running) in [0, 1]: by the target, locality by what was said."""
     said = normalise(after.generated)
     if name in LOCALITY_QUERIES:
         same = said == normalise(before.generated)
@@ -164,10 +149,7 @@ FIGURES = ("teacher_forced", "free_running", "own_edit", "other_edits")
 
 
 def report_row(count: int, results: list[dict], by_kind: bool = True) -> dict:
-    """Average the results after `count` edits, in per cent: one of the "rows" of metrics.json.
-
-    `average` is the mean of the paper's five queries.
-    """
+    """Average the results after `count` edits, in per cent; `average` is of MAIN_QUERIES."""
     row = {"edits": count, "n": sum(result["query"] == "reliability" for result in results)}
     for what in FIGURES:
         row[what] = {}
@@ -207,10 +189,7 @@ def table(rows: list[dict]) -> str:
 # ------------------------------------------------------------------------------- benchmark files
 
 FIELDS = "src pred alt rephrase image image_rephrase loc loc_ans m_loc m_loc_q m_loc_a".split()
-IMAGE_FIELDS = ("image", "image_rephrase", "m_loc")
-THE_ANSWER_IS = " The answer is:"
-NQ_PREFIX = "nq question: "
-IMAGE_MARK = "<image>"
+PICTURED_PROMPTS = ("src", "rephrase", "m_loc_q")
 
 
 class Benchmark(NamedTuple):
@@ -218,18 +197,16 @@ class Benchmark(NamedTuple):
 
     train: str
     eval: str
-    images: tuple[str, ...]  # names under which its image folder is known
-    suffixed: tuple[str, ...]  # prompts that end in THE_ANSWER_IS in its official evaluation
+    images: tuple[str, ...] = ("images",)  # names under which its image folder is known
+    suffixed: tuple[str, ...] = ("m_loc_q",)  # prompts that officially end in "The answer is:"
 
 
-_VLKEB_IMAGES = ("mmkb_images", "VLKEB_images")
-_EVQA_SUFFIXED = ("src", "rephrase", "m_loc_q")
-_EIC = ("caption/caption_train_edit.json", "caption/caption_eval_edit.json")
+VLKEB_IMAGES = ("mmkb_images", "VLKEB_images")
 BENCHMARKS = {
-    "evqa": Benchmark("vqa/vqa_train.json", "vqa/vqa_eval.json", ("images",), _EVQA_SUFFIXED),
-    "eic": Benchmark(*_EIC, ("images",), ("m_loc_q",)),
-    "vlkeb": Benchmark("train.json", "eval.json", _VLKEB_IMAGES, ("m_loc_q",)),
-    "vlkeb-onehop": Benchmark("train.json", "eval_edit_onehop.json", _VLKEB_IMAGES, ("m_loc_q",)),
+    "evqa": Benchmark("vqa/vqa_train.json", "vqa/vqa_eval.json", suffixed=PICTURED_PROMPTS),
+    "eic": Benchmark("caption/caption_train_edit.json", "caption/caption_eval_edit.json"),
+    "vlkeb": Benchmark("train.json", "eval.json", VLKEB_IMAGES),
+    "vlkeb-onehop": Benchmark("train.json", "eval_edit_onehop.json", VLKEB_IMAGES),
 }
 
 
@@ -238,37 +215,34 @@ def benchmark_files(data: str, root: Path | None = None) -> tuple[Path, Path, Pa
 
     data: a benchmark's name, with its root; a folder of train.json, eval.json and images/; or one
     evaluation file, beside which stands the training file (eval in its name replaced by train).
-    Raises FileNotFoundError or ValueError.
     """
     path = Path(data)
     if data in BENCHMARKS:
         known = BENCHMARKS[data]
         if root is None:
             raise ValueError(f"--data {data} needs --data-root, the folder of {known.eval}")
-        present = [root / name for name in known.images if (root / name).is_dir()]
-        images = present[0] if present else root / known.images[0]
         train_file, eval_file = root / known.train, root / known.eval
+        folders = [root / name for name in known.images]
     elif path.suffix == ".json":
         train_file, eval_file = path.with_name(path.name.replace("eval", "train")), path
-        images = (root or path.parent) / "images"
+        folders = [(root or path.parent) / "images"]
     else:
-        train_file, eval_file, images = path / "train.json", path / "eval.json", path / "images"
+        train_file, eval_file, folders = path / "train.json", path / "eval.json", [path / "images"]
     if not eval_file.is_file():
         remedy = f"--data takes {', '.join(BENCHMARKS)}, a folder or a .json file"
         raise FileNotFoundError(f"there is no annotation file {eval_file}; {remedy}")
-    if not images.is_dir():
-        raise FileNotFoundError(f"there is no image folder {images}; a link will do")
-    return train_file, eval_file, images
+    for images in folders:
+        if images.is_dir():
+            return train_file, eval_file, images
+    raise FileNotFoundError(f"there is no image folder {folders[0]}; a link will do")
 
 
 def read_records(file: Path, image_root: Path, official: str | None = None) -> list[EditSample]:
     """Edit samples from a JSON list of records with FIELDS; pictures stay closed.
 
     official: name of the benchmark whose own prompt form is wanted; None: one form for all.
-    Raises FileNotFoundError or ValueError that names the file, records or pictures at fault.
+    Raises FileNotFoundError or ValueError that names the file or the records at fault.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no annotation file {file}")
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -277,8 +251,6 @@ def read_records(file: Path, image_root: Path, official: str | None = None) -> l
         raise ValueError(f"{file} must hold a list of records")
     lacking = [f"record {i} lacks {name}" for i, r in enumerate(records) for name in _lacking(r)]
     complain(f"malformed records in {file}", lacking)
-    paths = sorted({image_root / record[name] for record in records for name in IMAGE_FIELDS})
-    complain(f"missing pictures of {file}", [str(path) for path in paths if not path.is_file()])
     edited = {record[name] for record in records for name in ("image", "image_rephrase")}
     samples = []
     for i, record in enumerate(records):
@@ -288,56 +260,53 @@ def read_records(file: Path, image_root: Path, official: str | None = None) -> l
 
 
 def complain(title: str, problems: list[str]) -> None:
-    """Raise ValueError that counts the problems, if there are any, and names the first."""
+    """Raise ValueError that counts the problems, if there are any, and names the first five."""
     if problems:
-        more = " ..." if len(problems) > 5 else ""
-        raise ValueError(f"{title} ({len(problems)}): {'; '.join(problems[:5])}{more}")
+        raise ValueError(f"{title} ({len(problems)}): {'; '.join(problems[:5])}")
 
 
 def _lacking(record) -> list[str]:
     """The fields that hold no text."""
     if not isinstance(record, dict):
         return ["all fields"]
-    found = record | _portability(record)
-    wanted = [*FIELDS, *(("port_q", "port_a") if record.get("port_new") else ())]
+    port = _portability(record)
+    found, wanted = record | port, [*FIELDS, "port_q", "port_a"] if port else FIELDS
     texts = {name: value for name, value in found.items() if isinstance(value, str)}
     return [name for name in wanted if not without_picture(texts.get(name, ""))]
 
 
-def without_picture(prompt: str) -> str:
-    """Take out LLaVA's mark of the place of the picture, before or behind a prompt."""
-    return prompt.strip().removeprefix(IMAGE_MARK).removesuffix(IMAGE_MARK).strip()
-
-
 def _portability(record: dict) -> dict:
     """VLKEB's one-hop question: the field is a list of one record."""
-    port = record.get("port_new")
-    port = port[0] if isinstance(port, list) and port else port
-    return port if isinstance(port, dict) else {}
+    return (record.get("port_new") or [{}])[0]
+
+
+def without_picture(prompt: str) -> str:
+    """Take out LLaVA's mark of the place of the picture, before or behind a prompt."""
+    return prompt.strip().removeprefix("<image>").removesuffix("<image>").strip()
 
 
 def check_pictures(samples: list[EditSample]) -> int:
     """Decode every picture file once and count them. Raises ValueError that names the broken."""
     queries = [query for sample in samples for query in sample.queries.values()]
-    paths = sorted({q.image.path for q in queries if isinstance(q.image, ImageFile)})
+    paths = sorted({query.image.path for query in queries if query.image})
     broken = []
     for path in paths:
         try:
             ImageFile(path).open()
         except Exception:  # PIL's readers raise all kinds
             broken.append(str(path))
-    complain("pictures that cannot be decoded", broken)
+    complain("missing pictures, or such as cannot be decoded", broken)
     return len(paths)
 
 
 def _queries(record: dict, root: Path, edited: set[str], official: str | None) -> dict[str, Query]:
     """The queries of a record; edited: the pictures that some record edits."""
     suffixed = BENCHMARKS[official].suffixed if official else ()
-    text = {name: without_picture(record[name]) for name in _EVQA_SUFFIXED}
-    text |= {name: text[name] + THE_ANSWER_IS for name in suffixed}
+    text = {name: without_picture(record[name]) for name in PICTURED_PROMPTS}
+    text |= {name: text[name] + " The answer is:" for name in suffixed}
     loc = record["loc"] + "?"
     if not official:  # the official evaluation leaves MMEdit's prefix in
-        loc = record["loc"].removeprefix(NQ_PREFIX).strip().rstrip("?") + "?"
+        loc = record["loc"].removeprefix("nq question: ").strip().rstrip("?") + "?"
 
     def ask(image: str, prompt: str, target: str) -> Query:
         return Query(ImageFile(root / record[image]), prompt, target, (record[image], prompt))

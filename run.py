@@ -9,7 +9,6 @@ Writes metrics.json, predictions.jsonl, edits.png and the editor to the output f
 """
 
 import argparse
-import contextlib
 import ctypes
 import inspect
 import json
@@ -52,24 +51,16 @@ PAPER = {
     "train_steps": 40_000, "train_samples": 20_000, "batch_size": 8, "expert_batch_size": 8,
     "learning_rate": 1e-4,
 }  # fmt: skip
-PAPER_CUT = 10_000  # step at which the paper's learning rate falls to a tenth
 SMALL = {
     "train_steps": 1000, "train_samples": 14_000, "batch_size": 128, "expert_batch_size": 32,
-    # At twice this rate experts stop to act where the first token is said: their gates die.
-    "learning_rate": 1.5e-3,
+    "learning_rate": 1.5e-3,  # at twice this rate gates die: first tokens are edited no more
 }  # fmt: skip
 SMALL_WIDTH = 1024
-# Hidden numbers per token of the experts of a small model's training step: the wider the model, the
-# fewer experts, down to the paper's, and samples in proportion. Steps then take about as long.
-STEP_WIDTH = 2**13
 # A small decoder cannot spell a word from its beginning, so the expert does it: one rank for each
-# token of an answer. Where layers are few, most of them must lie above to make a word of it.
+# token of an answer.
 SMALL_EDITOR = {"rank": 12, "heads": 4, "gain": 3.0}
-FEW_LAYERS = 12
 CACHE_BYTES = 4 * 2**30  # of training states kept in memory; more are computed at every step
 CHECKPOINT, CHECKPOINT_SECONDS = "training.pt", 600
-# What a training depends on beside model and config: a checkpoint is of the same.
-TRAINING_OPTIONS = ("data", "prompt_style", "seed", *PAPER)
 # This process and how many there are, under torchrun; only the first reports.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 bar_of = partial(tqdm, disable=RANK > 0)
@@ -79,37 +70,34 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong value ends in one sentence."""
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(usage="run.py [options]", description=__doc__, **form)
-    what = parser.add_argument_group("what is edited").add_argument
-    what("--model", default="tiny-llava", help="tiny-llava, llava-1.5-7b, a hub id or a folder")
-    what("--data", help="evqa, eic, vlkeb, vlkeb-onehop, a folder or .json; else the drawn world")
-    what("--data-root", type=Path, help="folder of a benchmark as published (easy-edit-mm, VLKEB)")
-    what("--prompt-style", default="chat", choices=("chat", "official"), help="of all prompts")
-    what("--edits", type=positive, default=500, help="edits of the stream (default 500)")
-    what("--out", type=Path, default=Path("output"), help="output folder (default output)")
-    what("--dry-run", action="store_true", help="check data and model configuration only")
-    how = parser.add_argument_group("the editor").add_argument
-    how("--editor", type=Path, help="a saved editor to load instead of training one")
-    how("--layer", type=int, help="edit layer, from 0 (default by the model's size)")
-    how("--rank", type=positive, help="rank of an expert (default 4; small models 12)")
-    how("--similarity", choices=("cosine", "dot"), help="of the visual filter (default cosine)")
-    how("--threshold", type=float, help="of the visual filter (default the learned sentinel's)")
-    how("--blend", action="store_true", help="the paper's plain soft router: newest does not win")
-    training = parser.add_argument_group("its training (defaults by the model's size)").add_argument
-    training("--train-steps", type=positive)
-    training("--train-samples", type=positive, help="of the drawn world")
-    training("--batch-size", type=positive, help="edits per training step, and process")
-    training("--expert-batch-size", type=positive, help="of these, edits that experts are made of")
-    training("--learning-rate", type=float)
-    training("--resume", action="store_true", help="continue an interrupted training in --out")
-    machine = parser.add_argument_group("the machine").add_argument
-    machine("--device", default="auto", help="auto (an accelerator, else cpu) or a torch device")
-    machine("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    machine("--eval-batch-size", type=positive, help="questions per pass outside of training")
-    machine("--seed", type=int, default=0, help="of training and stream (default 0)")
+    add = parser.add_argument
+    add("--model", default="tiny-llava", help="tiny-llava, llava-1.5-7b, a hub id or a folder")
+    add("--data", help="evqa, eic, vlkeb, vlkeb-onehop, a folder or .json; else the drawn world")
+    add("--data-root", type=Path, help="folder of a benchmark as published (easy-edit-mm, VLKEB)")
+    add("--prompt-style", default="chat", choices=("chat", "official"), help="of all prompts")
+    add("--edits", type=positive, default=500, help="edits of the stream (default 500)")
+    add("--out", type=Path, default=Path("output"), help="output folder (default output)")
+    add("--dry-run", action="store_true", help="check data and model configuration only")
+    add("--editor", type=Path, help="a saved editor to load instead of training one")
+    add("--layer", type=int, help="edit layer, from 0 (default by the model's size)")
+    add("--rank", type=positive, help="rank of an expert (default 4; small models 12)")
+    add("--similarity", choices=("cosine", "dot"), help="of the visual filter (default cosine)")
+    add("--threshold", type=float, help="of the visual filter (default the learned sentinel's)")
+    add("--blend", action="store_true", help="the paper's plain soft router: newest does not win")
+    add("--train-steps", type=positive, help="this and the next four: default by the model's size")
+    add("--train-samples", type=positive, help="of the drawn world")
+    add("--batch-size", type=positive, help="edits per training step, and process")
+    add("--expert-batch-size", type=positive, help="of these, edits that experts are made of")
+    add("--learning-rate", type=float, help="of the editor's training")
+    add("--resume", action="store_true", help="continue an interrupted training in --out")
+    add("--device", default="auto", help="auto (an accelerator, else cpu) or a torch device")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add("--eval-batch-size", type=positive, help="questions per pass outside of training")
+    add("--seed", type=int, default=0, help="of training and stream (default 0)")
     options = parser.parse_args(arguments)
-    checkpoint, of_training = options.out / CHECKPOINT, ("layer", "rank", "similarity", *PAPER)
-    for name in of_training if options.editor else ():
-        if getattr(options, name) is not None:
+    checkpoint = options.out / CHECKPOINT
+    for name in ("layer", "rank", "similarity", *PAPER):
+        if options.editor and getattr(options, name) is not None:
             name = name.replace("_", "-")
             parser.error(f"--{name} belongs to a training, but --editor is trained")
     if options.editor and options.editor.resolve() == (options.out / "editor").resolve():
@@ -137,8 +125,8 @@ def positive(text: str) -> int:
 # ---------------------------------------------------------------------------------------- loading
 
 
-def load_samples(options: argparse.Namespace) -> tuple[list[EditSample], list[EditSample]]:
-    """Read or draw (training samples, stream of edits). Raises before any long work."""
+def load_samples(options: argparse.Namespace, form: InputFormat, spare: int) -> tuple[list, list]:
+    """Read or draw (training samples, stream of edits); spare: tokens that a picture takes."""
     if options.data is None:
         stream = drawn.drawn_stream(options.edits, options.seed)
         count = 0 if options.editor else options.train_samples
@@ -150,24 +138,16 @@ def load_samples(options: argparse.Namespace) -> tuple[list[EditSample], list[Ed
     train = [] if options.editor else data.read_records(train_file, images, official)
     stream = data.read_records(eval_file, images, official)
     stream = random.Random(options.seed).sample(stream, min(options.edits, len(stream)))
-    pictures = data.check_pictures(train + stream)
+    pictures, faults = data.check_pictures(train + stream), []
     print(f"{options.data}: {len(train)} training, {len(stream)} edits, {pictures} pictures")
-    return train, stream
-
-
-def check_texts(form: InputFormat, samples: list[EditSample], spare: int) -> None:
-    """Raise ValueError that names the records whose texts the model cannot read.
-
-    spare: tokens of a picture, which must fit in too.
-    """
-    faults = []
-    for sample in samples:
+    for sample in train + stream:
         try:
             for query in sample.queries.values():
                 form.encode([None], [query.prompt], [query.target], spare=spare)
         except ValueError as error:
             faults.append(f"{sample.source}: {error}")
     data.complain("texts that the model cannot read", faults)
+    return train, stream
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto"):
@@ -187,7 +167,7 @@ def config_for(model, options: argparse.Namespace) -> LiveEditConfig:
     settings |= {"newest_wins": not options.blend, "prompt_style": options.prompt_style}
     if text.hidden_size < SMALL_WIDTH:
         settings |= SMALL_EDITOR | {"module_dim": text.hidden_size}
-    if text.num_hidden_layers < FEW_LAYERS:
+    if text.num_hidden_layers < 12:  # most must lie above, to make words of what is edited
         settings["layer"] = text.num_hidden_layers // 3
     for name in ("layer", "rank", "similarity", "threshold"):
         if getattr(options, name) is not None:
@@ -199,19 +179,17 @@ def training_defaults(width: int) -> dict:
     """Choose how to train an editor by the hidden size of its model."""
     if width >= SMALL_WIDTH:
         return PAPER
+    # The wider the model, the fewer experts, and samples in proportion: steps take about as long.
     most, least = SMALL["expert_batch_size"], PAPER["expert_batch_size"]
-    experts = max(least, min(most, STEP_WIDTH // width))
+    experts = max(least, min(most, 2**13 // width))
     samples = SMALL["train_samples"] * experts // most
     return SMALL | {"expert_batch_size": experts, "train_samples": samples}
 
 
 def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], list[EditSample]]:
-    """Load (editor on its model, training samples, stream), and fill in the options' defaults.
-
-    Data and model configuration are checked before any weights are loaded.
-    """
+    """Check data and configuration, then load (editor on its model, training samples, stream)."""
+    name = SHORT_NAMES.get(options.model, options.model)
     with torch.device("meta"):
-        name = SHORT_NAMES.get(options.model, options.model)
         empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
     config, width = config_for(empty, options), empty.config.get_text_config().hidden_size
     config = LiveEdit(empty, None, config).config  # raises if it cannot be edited there
@@ -219,10 +197,8 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
     for key, value in defaults.items():
         if getattr(options, key) is None:
             setattr(options, key, value)
-    samples, stream = load_samples(options)
-    if options.data:
-        form = InputFormat(empty, AutoProcessor.from_pretrained(name), options.prompt_style)
-        check_texts(form, samples + stream, spare=config.sentinel_tokens)
+    form = InputFormat(empty, AutoProcessor.from_pretrained(name), options.prompt_style)
+    samples, stream = load_samples(options, form, config.sentinel_tokens)
     if samples:
         own = samples[::PROCESSES]  # of the first process
         options.expert_batch_size = min(options.expert_batch_size, options.batch_size, len(own))
@@ -247,29 +223,6 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
     if editor.config.prompt_style != options.prompt_style:
         raise ValueError(f"{options.editor} needs --prompt-style {editor.config.prompt_style}")
     return editor, samples, stream
-
-
-# -------------------------------------------------------------------------------------- processes
-
-
-def join_processes(device: str) -> None:
-    """Join the processes that torchrun started, if it did; the first alone prints."""
-    if PROCESSES == 1:
-        return
-    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-
-
-def any_of_all(mine: bool) -> bool:
-    """Wait for all processes, and tell whether it is true in any of them."""
-    told: list = [mine] * PROCESSES
-    if PROCESSES > 1:
-        dist.all_gather_object(told, mine)
-    return any(told)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -300,8 +253,7 @@ class TrainingSet:
     def shuffle(self, epoch: int) -> None:
         """Put the samples into batches, other ones in each epoch."""
         self.epoch, self.kept = epoch, []
-        seed = f"{self.seed} {epoch}"
-        self.batches = data.Batches(self.samples, self.size, self.joined, seed)
+        self.batches = data.Batches(self.samples, self.size, self.joined, f"{self.seed} {epoch}")
 
     def batch(self, step: int) -> tuple[list[tuple[States, ...]], Rows]:
         """Give the triples of a step and the rows of their text-only prompts, always the same."""
@@ -323,44 +275,33 @@ class TrainingSet:
         edits, generality, locality = asked
         texts = [question(sample.queries["text_locality"]) for sample in samples]
         before = None
-        if rng.random() < self.chats:
-            count = rng.choice((1, 2))
-            before = [earlier_turns(own, locality, texts, count, rng) for own in generality]
+        if rng.random() < self.chats:  # earlier turns: what others ask, or the same of theirs
+            before, count = [], rng.choice((1, 2))
+            for own in generality:
+                turns, same = [], rng.random() < 0.5
+                for _ in range(count):
+                    turn = rng.choice(texts if rng.random() < 0.33 else locality)
+                    turns.append(turn._replace(prompt=own.prompt) if same and turn.image else turn)
+                before.append(turns)
         capture = self.editor.capture
         triple = capture(edits), capture(generality, before=before), capture(locality)
         text = capture(texts, above=False)
         return triple, Rows.gather(text.hidden.float(), text.masks.prompt)
 
 
-def earlier_turns(own: Question, others: list, texts: list, count: int, rng) -> list[Question]:
-    """Choose what a chat asks before its last question: what others ask, or the same of theirs."""
-    turns, same = [], rng.random() < 0.5
-    for _ in range(count):
-        turn = rng.choice(texts if rng.random() < 0.33 else others)
-        turns.append(turn._replace(prompt=own.prompt) if same and turn.image else turn)
-    return turns
-
-
 def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Take Adam for big models as in the paper; for small ones Muon trains the matrices.
-
-    Differs from the paper: in a trial of 600 steps on an earlier tiny LLaVA the average at 500
-    edits was 94.7 so, 93.2 with Adam alone.
-    """
-    parameters, small = list(editor.parameters()), editor.norm.weight.numel() < SMALL_WIDTH
-    matrices = [parameter for parameter in parameters if small and parameter.dim() == 2]
-    others = [parameter for parameter in parameters if not small or parameter.dim() != 2]
-    optimizers = [torch.optim.Adam(others, lr=learning_rate, fused=True)]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=10 * learning_rate, weight_decay=0.0))
-    return optimizers
+    """Take Adam; differs from the paper in small models, whose matrices Muon trains."""
+    parameters = list(editor.parameters())
+    if editor.norm.weight.numel() >= SMALL_WIDTH:
+        return [torch.optim.Adam(parameters, lr=learning_rate, fused=True)]
+    matrices = [parameter for parameter in parameters if parameter.dim() == 2]
+    others = [parameter for parameter in parameters if parameter.dim() != 2]
+    muon = torch.optim.Muon(matrices, lr=10 * learning_rate, weight_decay=0.0)
+    return [torch.optim.Adam(others, lr=learning_rate, fused=True), muon]
 
 
 def cut_gradients(editor: LiveEdit) -> None:
-    """Cut gradients to norm 1, each part's on its own: large ones would silence the router's.
-
-    Differs from the paper, which does not cut them.
-    """
+    """Cut gradients to norm 1, the router's apart; differs from the paper, which cuts none."""
     for part in (editor.generator, editor.router, editor.norm):
         torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
 
@@ -368,27 +309,24 @@ def cut_gradients(editor: LiveEdit) -> None:
 def rate_factor(step: int, steps: int, small: bool) -> float:
     """Compute the learning rate's factor: the paper's cut, or a warm-up and a cosine."""
     if not small:
-        return 0.1 if step >= PAPER_CUT else 1.0
+        return 0.1 if step >= 10_000 else 1.0
     return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def save_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: dict) -> str:
-    """Write all that the next step depends on; tell what became of it. An older one stays."""
-    content = progress | {"editor": editor.state_dict()}
-    content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+def save_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: dict) -> None:
+    """Write all that the next step depends on; an older checkpoint stays where that fails."""
+    content = progress | {"parts": [part.state_dict() for part in (editor, *optimizers)]}
     try:
         write_whole(file, partial(torch.save, content))
     except OSError as error:
         print(f"run.py: {error}", file=sys.stderr)
-        return str(error)
-    return f"--resume continues from {file}"
 
 
 def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: dict) -> dict:
     """Read a checkpoint. Raises ValueError if it is damaged, or of another training than this."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        model, saved = content["model"], content["settings"]
+        model, saved, parts = content["model"], content["settings"], content.pop("parts")
     except Exception as error:  # torch.load has many kinds
         raise ValueError(f"{file} is no checkpoint of a training; delete it: {error!r}") from error
     for key, value in progress["settings"].items():
@@ -396,21 +334,16 @@ def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: di
             raise ValueError(f"{file} is of a training with {key} {saved.get(key)}, not {value}")
     if not same_model(model, progress["model"]):
         raise ValueError(f"{file} is of a training on another model, with other weights")
-    editor.load_state_dict(content.pop("editor"))
-    for optimizer, state in zip(optimizers, content.pop("optimizers"), strict=True):
-        optimizer.load_state_dict(state)
+    for part, state in zip((editor, *optimizers), parts, strict=True):
+        part.load_state_dict(state)
     return content
 
 
 def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespace) -> dict:
-    """Train on all losses of the method. Ctrl-C saves a checkpoint that --resume continues.
-
-    Each process of several trains on samples of its own.
-    """
+    """Train on all losses of the method. Ctrl-C saves a checkpoint that --resume continues."""
     small, file = editor.norm.weight.numel() < SMALL_WIDTH, options.out / CHECKPOINT
     optimizers = make_optimizers(editor, options.learning_rate)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    settings = {name: getattr(options, name) for name in TRAINING_OPTIONS}
+    settings = {name: getattr(options, name) for name in ("data", "prompt_style", "seed", *PAPER)}
     settings |= {"config": asdict(editor.config), "processes": PROCESSES}
     progress = {"settings": settings, "model": fingerprint(editor.model), "step": 0}
     progress |= {"seconds": 0.0, "running": {}, "log": []}
@@ -419,42 +352,37 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
     else:
         some = [[question(q) for q in s.queries.values() if q.image] for s in samples[:32]]
         editor.standardise([editor.capture(asked, above=False) for asked in some])
-    for parameter in editor.parameters() if PROCESSES > 1 else ():
-        dist.broadcast(parameter.data, src=0)
     samples, began = samples[RANK::PROCESSES], time.time()
     training_set = TrainingSet(editor, samples, options)
-    prepared, start = time.time() - began, began - progress["seconds"]
-    saved, told, interrupts = time.time(), "", []
+    saved, start, interrupts = time.time(), began - progress["seconds"], []
+    trained = {"samples": len(samples), "seconds_hidden_states": saved - began}  # of this process
     usual = signal.signal(signal.SIGINT, lambda *_: interrupts.append(True))  # not within a step
     bar = bar_of(total=options.train_steps, initial=progress["step"], desc="training the editor")
     try:
         for step in range(progress["step"], options.train_steps):
             torch.manual_seed((options.seed * 10**6 + step) * PROCESSES + RANK)  # resumes exactly
-            for optimizer, rate in zip(optimizers, rates, strict=True):
-                factor = rate_factor(step, options.train_steps, small)
-                optimizer.param_groups[0]["lr"] = rate * factor
+            factor = rate_factor(step, options.train_steps, small)
             losses = editor.training_losses(*training_set.batch(step))
             editor.zero_grad()
             losses["total"].backward()
             for parameter in editor.parameters() if PROCESSES > 1 else ():
-                dist.all_reduce(parameter.grad)
+                dist.all_reduce(parameter.grad)  # all processes began with the same weights
                 parameter.grad /= PROCESSES
             cut_gradients(editor)
             for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * factor
                 optimizer.step()
             progress["step"], progress["seconds"] = step + 1, time.time() - start
             note_losses(progress, losses, bar, every=max(1, min(100, options.train_steps // 10)))
-            interrupted = any_of_all(bool(interrupts))
-            if not RANK and (interrupted or time.time() - saved > CHECKPOINT_SECONDS):
-                told, saved = save_checkpoint(file, editor, optimizers, progress), time.time()
-            if interrupted:
-                any_of_all(True)  # none ends before the first has saved
-                sys.exit(f"interrupted after step {step + 1}; {told}")
+            if not RANK and (interrupts or time.time() - saved > CHECKPOINT_SECONDS):
+                save_checkpoint(file, editor, optimizers, progress)
+                saved = time.time()
+                if interrupts:  # the other processes end when they miss this one
+                    sys.exit(f"stopped at step {step + 1}; --resume continues from the last save")
     finally:
         signal.signal(signal.SIGINT, usual)
     editor.trained_steps = options.train_steps
-    trained = {"steps": options.train_steps, "samples": len(samples)}  # of this process
-    trained |= {"seconds": progress["seconds"], "seconds_hidden_states": prepared}
+    trained |= {"steps": options.train_steps, "seconds": progress["seconds"]}
     trained["trained_parameters"] = sum(parameter.numel() for parameter in editor.parameters())
     return trained | {"losses": progress["log"]}
 
@@ -473,20 +401,19 @@ def note_losses(progress: dict, losses: dict, bar: tqdm, every: int) -> None:
         progress["log"].append({"step": step, **rounded})
 
 
-# ---------------------------------------------------------------------------------------- metrics
+# ----------------------------------------------------------------------------- stream and report
 
 
 @torch.no_grad()
 def answer(editor: LiveEdit, queries: list[Query], batch_size: int) -> list[Answer]:
     """Ask the model as it stands (edited, or the original under `editor.disabled()`)."""
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Answer] = {}  # by the query's id()
     for pictured in (True, False):
-        group = [i for i, query in enumerate(queries) if bool(query.image) == pictured]
+        group = [query for query in queries if bool(query.image) == pictured]
         for start in range(0, len(group), batch_size):
             chunk = group[start : start + batch_size]
-            made = answer_batch(editor, [queries[i] for i in chunk])
-            answers |= dict(zip(chunk, made, strict=True))
-    return [answers[i] for i in range(len(queries))]
+            answers |= zip(map(id, chunk), answer_batch(editor, chunk), strict=True)
+    return [answers[id(query)] for query in queries]
 
 
 def answer_batch(editor: LiveEdit, queries: list[Query]) -> list[Answer]:
@@ -515,8 +442,7 @@ def answer_batch(editor: LiveEdit, queries: list[Query]) -> list[Answer]:
 def ask_all(editor: LiveEdit, samples: list[EditSample], batch_size: int) -> dict:
     """Answer all queries of the samples, by the query's id()."""
     queries = [query for sample in samples for query in sample.queries.values()]
-    answers = answer(editor, queries, batch_size)
-    return {id(query): said for query, said in zip(queries, answers, strict=True)}
+    return dict(zip(map(id, queries), answer(editor, queries, batch_size), strict=True))
 
 
 def judge(sample: EditSample, own: int | None, count: int, before: dict, after: dict) -> list[dict]:
@@ -563,70 +489,69 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Names
     return [report_row(0, unedited), *rows], unedited + predictions, cost
 
 
-# ----------------------------------------------------------------------------------------- report
-
-
 def set_up_process() -> None:
-    """Print any text on any console, and keep freed memory.
-
-    glibc gives big blocks back at each step: small models lose half the time so.
-    """
+    """Print any text on any console, and keep freed memory."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # of a stream that is no console
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace")
     if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**29)):
-                ctypes.CDLL(None).mallopt(parameter, value)
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: glibc gives big blocks back at each step, and
+        # small models lose half the time so.
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**29)):
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def peak_memory() -> str:
     """Tell the peak memory of the GPU, or else of this process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+    if torch.cuda.max_memory_allocated():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
-    try:
-        import resource
-    except ImportError:  # on Windows
+    if sys.platform == "win32":
         return "unknown"
+    import resource
+
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB"
 
 
+def join_processes(device: str) -> None:
+    """Join the processes that torchrun started; the first alone prints."""
+    on_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Train, stream and report."""
-    options, start, trained = parse_options(arguments), time.time(), None
+    options, start = parse_options(arguments), time.time()
     set_up_process()
     torch.manual_seed(options.seed)
     try:
-        join_processes(options.device)
+        if PROCESSES > 1:
+            join_processes(options.device)
         editor, samples, stream = prepare(options)
-        if not options.editor:
-            trained = train(editor, samples, options)
+        trained = None if options.editor else train(editor, samples, options)
         if PROCESSES > 1:
             dist.destroy_process_group()
         if RANK:
             return
         editor.save_pretrained(options.out / "editor")
         (options.out / CHECKPOINT).unlink(missing_ok=True)
-    except (OSError, ValueError, TypeError, RuntimeError, FloatingPointError) as error:
-        sys.exit(f"run.py: {error}")
-    except ImportError as error:  # of a processor, from deep inside
-        sys.exit(f"run.py: a package is missing, usually torchvision: {error}")
+    except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        sys.exit(f"run.py: {str(error).strip()}")
     rows, predictions, cost = evaluate(editor, stream, options)
     try:
         editor.save_pretrained(options.out / "editor")
     except OSError as error:  # the results are not lost with it
         print(f"run.py: the edits were not saved: {error}", file=sys.stderr)
-    named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    metrics = {"options": named, "config": asdict(editor.config), "seed": options.seed}
-    metrics |= {"versions": versions | {"python": sys.version.split()[0]}, "training": trained}
-    metrics |= cost | {"seconds": time.time() - start, "peak_memory": peak_memory(), "rows": rows}
-    (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     with open(options.out / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
     print("\n" + table(rows) + "\n")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    metrics = {"options": vars(options), "config": asdict(editor.config), "seed": options.seed}
+    metrics |= {"versions": versions, "training": trained, **cost, "rows": rows}
     if (Path(__file__).parent / "benchmarks").is_dir():  # two extras, not needed for the report
         from benchmarks.figure import draw_edits
         from benchmarks.updates import evaluate_updates, updates_table
@@ -634,12 +559,12 @@ def main(arguments: list[str] | None = None) -> None:
         draw_edits(stream, predictions, options.out / "edits.png")
         if options.data is None and len(stream) >= 5:
             metrics["updates"] = evaluate_updates(editor, stream, options, answer)
-            metrics["seconds"] = time.time() - start
-            (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
             print(updates_table(metrics["updates"]))
+    metrics |= {"seconds": time.time() - start, "peak_memory": peak_memory()}
+    (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1, default=str))
     per_edit = f"{cost['seconds_per_edit'] * 1000:.1f} ms, {cost['bytes_per_edit'] / 1024:.1f} KiB"
-    minutes = f"{(time.time() - start) / 60:.1f} minutes in all; everything in {options.out}/"
-    print(f"{per_edit} per edit; peak memory {peak_memory()}; {minutes}")
+    minutes = f"{metrics['seconds'] / 60:.1f} minutes in all; everything in {options.out}/"
+    print(f"{per_edit} per edit; peak memory {metrics['peak_memory']}; {minutes}")
 
 
 if __name__ == "__main__":
