@@ -9,6 +9,7 @@ Writes metrics.json, predictions.jsonl, edits.png and the editor to the output f
 """
 
 import argparse
+import contextlib
 import ctypes
 import inspect
 import json
@@ -497,8 +498,9 @@ def set_up_process() -> None:
     if sys.platform == "linux":
         # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: glibc gives big blocks back at each step, and
         # small models lose half the time so.
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**29)):
-            ctypes.CDLL(None).mallopt(parameter, value)
+        with contextlib.suppress(AttributeError):  # of another C library
+            for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**29)):
+                ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def peak_memory() -> str:
