@@ -1934,8 +1934,8 @@ options = run.parse_options(sys.argv[1:])
 run.join_processes(options.device)
 torch.manual_seed(options.seed)
 editor, samples, _ = run.prepare(options)
-run.train(editor, samples, options)
-told = {"weights": editor.state_dict(), "own": own, "shared": shared}
+told = run.train(editor, samples, options)
+told |= {"weights": editor.state_dict(), "own": own, "shared": shared}
 torch.save(told, options.out / f"{run.RANK}.pt")
 """
 
@@ -1954,7 +1954,8 @@ def test_two_processes_train_as_one_that_averages_their_gradients(tmp_path):
     for i, (one, other) in enumerate(zip(first["own"], second["own"], strict=True)):
         for process in (first, second):
             assert_close(process["shared"][i], (one + other) / 2, 1e-6)
-    assert not torch.equal(first["own"][0], second["own"][0])  # of samples of its own
+    assert first["samples"] == second["samples"] == 15  # each learns from half of them
+    assert not torch.equal(first["own"][0], second["own"][0])
     (tmp_path / "second").replace(tmp_path / run.CHECKPOINT)
     for same in (second, train("--resume")[1]):
         for name, weight in first["weights"].items():
