@@ -290,7 +290,7 @@ def read_words() -> tuple[list[str], list[str]]:
     held_out = words[9::10]
     del words[9::10]
     texts = [text for question in text_questions() for text in question]
-    texts += [phrase for phrases in PHRASINGS.values() for phrase in phrases]
+    texts += [phrase for phrases in PHRASINGS.values() for phrase in phrases] + OTHER_QUESTIONS
     known = set(" ".join(texts).lower().translate(_NO_PUNCTUATION).split())
     return words, [word for word in held_out if len(word) > 3 and word.lower() not in known]
 

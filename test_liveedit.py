@@ -174,10 +174,11 @@ GOLDEN = {  # numbers of the official modules with weights by the formula of `fi
 def fill(number: int, *parts) -> None:
     """Give parameters, in this order, the values that those of the official modules had."""
     for part in parts:
-        for parameter in part.parameters() if isinstance(part, torch.nn.Module) else [part]:
+        is_module = isinstance(part, torch.nn.Module)
+        for name, parameter in part.named_parameters() if is_module else [("", part)]:
             wave = 0.37 * torch.arange(parameter.numel(), dtype=torch.float64) + number
             parameter.data = 0.3 * torch.sin(wave).view(parameter.shape)
-            number += 1
+            number += 2 if name.endswith("to_key.weight") else 1  # keys had biases there
 
 
 def small_config(**changes) -> LiveEditConfig:
@@ -1612,7 +1613,7 @@ def test_hostile_input_is_refused_and_changes_nothing(victim, tmp_path, what, va
 
 
 def scene_of(query: data.Query):
-    return query.image.scene if query.image else None
+    return getattr(query.image, "scene", None)
 
 
 def test_the_drawn_benchmark_keeps_its_promises():
@@ -1621,8 +1622,7 @@ def test_the_drawn_benchmark_keeps_its_promises():
     scenes = {scene_of(query) for query in asked} - {None}
     held_out = {p for phrases in drawn.PHRASINGS.values() for p in phrases[-drawn.HELD_OUT :]}
     assert not held_out & {query.prompt for query in asked}
-    read = [query for query in asked if query.prompt not in drawn.OTHER_QUESTIONS]
-    trained = " ".join(f"{query.prompt} {query.target}" for query in read).lower().split()
+    trained = " ".join(f"{query.prompt} {query.target}" for query in asked).lower().split()
     new = " ".join(s.edit.target for s in stream if s.kind == "open").lower().split()
     assert set(new) & set(trained) <= set("a the of and in with my".split())
     edited = {sample.edit.fact for sample in stream}
