@@ -10,7 +10,7 @@ import inspect
 import re
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cached_property
 from typing import NamedTuple
@@ -23,9 +23,7 @@ from torch import Tensor, nn
 IGNORE = -100  # the label of tokens that are no answer, by Hugging Face's convention
 CACHES = ("cache", "past_key_values", "layer_past")  # names of the KV cache, the newest first
 PICTURES = ("pixel_values", "mm_encoder_outputs")  # names of what a call's pictures come as
-# Arguments of a call of the model that a run of the lower layers does without.
-NOT_OF_STATES = {"labels", "use_cache", "cache_position", "logits_to_keep", "return_dict"}
-NOT_OF_STATES |= {"output_hidden_states", "output_attentions", *CACHES}
+NORMS = ("norm", "final_layer_norm", "embedding_norm")  # names of the norm behind the layers
 
 
 # ------------------------------------------------------------------------------ the model's parts
@@ -39,10 +37,8 @@ def find_decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if not hasattr(decoder, "layers") and hasattr(decoder, "get_decoder"):
         decoder = decoder.get_decoder()  # BLIP-2's decoder is a whole causal language model
-    layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
-    if norm is None and isinstance(layers, nn.ModuleList):  # OPT and LFM2 name it otherwise
-        norms = [part for part in decoder.children() if type(part).__name__.endswith("Norm")]
-        norm = norms[0] if len(norms) == 1 else None
+    parts = dict(decoder.named_children()) if decoder is not None else {}
+    layers, norm = parts.get("layers"), first_of(parts, *NORMS)
     if not isinstance(layers, nn.ModuleList) or norm is None:
         found = f"its decoder ({type(decoder).__name__}) has no `layers` with a norm behind them"
         raise TypeError(f"{type(model).__name__} is no vision-language model to edit: {found}")
@@ -99,8 +95,8 @@ def same_model(saved: Tensor, here: Tensor) -> bool:
     """Compare two fingerprints, of models that may be in another precision."""
     if saved.shape != here.shape:
         return False
-    apart = (saved - here).nan_to_num().norm(dim=1)
-    return bool((apart <= 0.03 * saved.nan_to_num().norm(dim=1)).all())
+    unread = (saved - here).isnan()
+    return bool((unread | torch.isclose(saved, here, rtol=0.03, atol=1e-4)).all())
 
 
 # ------------------------------------------------------------------------ states of the edit layer
@@ -112,32 +108,6 @@ class RowMasks(NamedTuple):
     image: Tensor
     prompt: Tensor
     answer: Tensor
-
-
-def row_masks(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    image_token_id: int,
-    special_ids: Tensor,
-    asks: Tensor | None = None,
-) -> RowMasks:
-    """Find the image, prompt and answer rows of input_ids (B, T).
-
-    Answer rows are those whose label is not -100. Prompt rows are the other tokens behind the first
-    image, or, where none of them asks (B, T), all text tokens but the leading special ones.
-    """
-    attended = torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask is not None:
-        attended = attention_mask.bool()
-    image = (input_ids == image_token_id) & attended
-    answer = torch.zeros_like(image) if labels is None else labels != IGNORE
-    text = attended & ~image & ~answer
-    behind = text & (image.cumsum(1) > 0)
-    leading = (torch.isin(input_ids, special_ids) | ~attended).cumprod(1).bool()
-    asking = behind if asks is None else behind & asks
-    prompt = torch.where(asking.any(1, keepdim=True), behind, text & ~leading)
-    return RowMasks(image, prompt, answer)
 
 
 class States(NamedTuple):
@@ -157,11 +127,9 @@ class _Stop(Exception):
 
 
 class _Noted(threading.local):
-    """What one thread's call of the model has shown so far: several may call it at once."""
+    """What is known of one thread's call of the model: several may call it at once."""
 
     call: dict | None = None  # its arguments, until the edit layer runs
-    embedded: Tensor | None = None  # the input_ids embedded last (BLIP-2's generate)
-    is_ours: bool = False  # a call that records states, not one to be edited
 
 
 class FrozenModel:
@@ -199,24 +167,22 @@ class FrozenModel:
                 warnings.warn("the editor that was attached here is detached", stacklevel=3)
         if self._disabled.get() is None:
             self._disabled.set(False)
-        self._edit, head = edit, self.model.get_output_embeddings()
+        self._edit, model, layer = edit, self.model, self.edit_layer
         self._handles = [
-            self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             # First of all hooks, so that those that record hidden states see the edited ones.
-            self.edit_layer.register_forward_hook(
-                self._after_layer, prepend=True, with_kwargs=True
-            ),
-            self.model.register_forward_hook(self._after_model, always_call=True),
+            layer.register_forward_hook(self._after_layer, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._after_model, always_call=True),
         ]
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
         if head is not None:
             self._handles.append(head.register_forward_pre_hook(_dense_input))
-        if hasattr(self.model.get_decoder(), "generate"):
+        if hasattr(model.get_decoder(), "generate"):
             # BLIP-2's `generate` passes by the top-level forward and calls that of an inner model,
             # which sees embeddings only.
-            embeddings = self.model.get_input_embeddings()
             self._handles.append(embeddings.register_forward_pre_hook(self._before_embedding))
-        self._wanted = [p for p in self.model.parameters() if p.requires_grad]
-        self.model.requires_grad_(False)
+        self._wanted = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
 
     def detach(self) -> nn.Module:
         """Remove our hooks, and only ours, and unfreeze the model; returns it. Harmless twice."""
@@ -248,31 +214,29 @@ class FrozenModel:
 
     def _after_model(self, *_) -> None:
         """Leave nothing behind of a call that failed below the edit layer."""
-        self._noted.call = self._noted.embedded = None
+        self._noted.call = None
 
     def _before_embedding(self, embedding: nn.Module, args: tuple) -> None:
-        self._noted.embedded = args[0] if args else None
+        if args and self._noted.call is None:
+            self._noted.call = {"input_ids": args[0]}
 
     def _after_layer(self, layer: nn.Module, args: tuple, kwargs: dict, output):
         """Ask the editor for other hidden states."""
-        call, ids = self._noted.call, self._noted.embedded
-        self._noted.call = self._noted.embedded = None
+        call, self._noted.call = self._noted.call, None
         hidden, cache = hidden_of(output), first_of(kwargs, *CACHES)
-        if call is None and ids is not None and ids.shape[1] == hidden.shape[1]:
-            call = {"input_ids": ids.repeat_interleave(len(hidden) // len(ids), 0)}  # of beams
+        ids = call and call.get("input_ids")
+        if ids is not None and len(ids) < len(hidden):  # of beams
+            call = call | {"input_ids": ids.repeat_interleave(len(hidden) // len(ids), 0)}
         # A cache's length includes this call: a longer one is decoding. Paged caches tell none.
         length = getattr(cache, "get_seq_length", None)
         decoding = length is not None and int(length()) > hidden.shape[1]
         disabled = self._disabled.get()
-        if disabled is None and decoding:  # what a plain thread has begun goes on as it is
-            disabled = getattr(cache, "liveedit_disabled", False)
-        elif disabled is None:
-            disabled = self._disabled_blocks > 0
+        if disabled is None:  # what a plain thread has begun goes on as it is
+            began = getattr(cache, "liveedit_disabled", False)
+            disabled = began if decoding else self._disabled_blocks > 0
         if cache is not None and not decoding:
             cache.liveedit_disabled = disabled
-        if disabled or self._noted.is_ours:
-            return None
-        changed = self._edit(hidden, call, cache, decoding)
+        changed = None if disabled else self._edit(hidden, call, cache, decoding)
         return None if changed is None else with_hidden(output, changed)
 
     @torch.no_grad()
@@ -280,7 +244,7 @@ class FrozenModel:
         """Embed tokens (n,) as the model reads them before any layer, (n, D)."""
         embeddings = self.model.get_input_embeddings()
         embedded = embeddings(tokens.to(device_of(embeddings))).float().to(tokens.device)
-        self._noted.embedded = None  # this was no call of the model
+        self._noted.call = None  # this was none
         return embedded
 
     def record(self, inputs: dict, above: bool) -> tuple[Tensor, list[tuple]]:
@@ -292,27 +256,24 @@ class FrozenModel:
             raise RuntimeError("this editor is detached; call attach() first")
         hidden, calls, thread = [], [], threading.get_ident()
         layers = self.layers_above if above else []
-        last = [self.edit_layer, *layers][-1]
 
-        def after_edit_layer(layer, args, output):
-            if threading.get_ident() == thread:
+        def note(layer, args, kwargs, output=None):
+            """Note the output of the edit layer, and what a layer above is called with."""
+            if threading.get_ident() != thread:
+                return
+            if output is not None:
                 hidden.append(hidden_of(output).clone())
-                if layer is last:
-                    raise _Stop
-
-        def before_layer_above(layer, args, kwargs):
-            if threading.get_ident() == thread:
+            else:
                 others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
                 calls.append((args[1:], others))
-                if layer is last:
-                    raise _Stop
+            if len(calls) == len(layers):
+                raise _Stop
 
         with contextlib.suppress(_Stop), contextlib.ExitStack() as hooks:
-            hook = self.edit_layer.register_forward_hook(after_edit_layer, prepend=True)
+            hook = self.edit_layer.register_forward_hook(note, prepend=True, with_kwargs=True)
             hooks.enter_context(hook)
             for layer in layers:
-                hook = layer.register_forward_pre_hook(before_layer_above, with_kwargs=True)
-                hooks.enter_context(hook)
+                hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
             self._logits(inputs)
         if not hidden or len(calls) != len(layers):
             raise RuntimeError(f"{type(self.model).__name__} did not call its layers once, in turn")
@@ -320,15 +281,16 @@ class FrozenModel:
 
     def _logits(self, inputs: dict) -> Tensor:
         """Call the original model for its logits (B, T, vocabulary), within a generation too."""
-        inputs = {key: value for key, value in inputs.items() if key not in NOT_OF_STATES}
+        left_out = ("labels", "use_cache", "cache_position", "logits_to_keep", *CACHES)
+        inputs = {key: value for key, value in inputs.items() if key not in left_out}
         # Qwen-VL keeps what its last prefill found about positions for the decoding steps.
         kept = {m: m.rope_deltas for m in self.model.modules() if hasattr(m, "rope_deltas")}
-        self._noted.is_ours = True
+        before = self._disabled.set(True)
         try:
             with plain_mode(inputs["input_ids"].device):
                 return self.model(**inputs, use_cache=False).logits
         finally:
-            self._noted.is_ours = False
+            self._disabled.reset(before)
             for module, value in kept.items():
                 module.rope_deltas = value
 
@@ -382,19 +344,11 @@ class InputFormat:
             raise TypeError(f"the processor must be one of images and text, not {processor!r}")
         self.tokenizer = processor.tokenizer
         own = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
-        named = getattr(processor, "image_token", None) or own
-        # What stands for a picture in a text; Gemma 3's processor looks for another token.
-        self.image_token = str(getattr(processor, "boi_token", None) or named)
-        self.image_tokens = {self.image_token, str(named), str(own or named)}
+        # The first stands for a picture in a text; Gemma 3's processor looks for another token.
+        named = [getattr(processor, name, None) for name in ("boi_token", "image_token")]
+        self.image_tokens = [str(token) for token in (*named, own) if token]
 
-    def encode(
-        self,
-        images: Sequence,
-        prompts: Sequence,
-        targets: Sequence | None,
-        before: Sequence | None = None,
-        spare: int = 0,
-    ) -> dict:
+    def encode(self, images, prompts, targets=None, before=None, spare=0) -> dict:
         """Encode questions that all have an image or all have none; see `LiveEdit.encode`.
 
         before: for each question, the (image, prompt, answer) said before it in the same chat.
@@ -424,16 +378,16 @@ class InputFormat:
             if not (inputs["input_ids"] == self.image_token_id).any(1).all():
                 name = type(self.processor).__name__
                 raise ValueError(f"{name} finds no place for an image in {texts[0][:80]!r}")
+            inputs.pop("labels", None)  # PaliGemma's, which mark nothing
         else:
             inputs = dict(self.tokenizer(texts, **settings))
         if targets is not None:
             targets = [self.checked_text(target, "target") for target in targets]
-            inputs = self._append_targets(inputs, texts, targets)
+            inputs = self._append_targets(inputs, targets)
         length = inputs["input_ids"].shape[1] + spare
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if most and length > most:
-            longest = max(prompts, key=len)[:40]
-            raise ValueError(f"{length} tokens are too many for {most} positions: {longest!r}...")
+            raise ValueError(f"{length} tokens are too many for a model of {most} positions")
         device, dtype = device_of(self.model.get_input_embeddings()), self.model.dtype
         for key, value in inputs.items():
             inputs[key] = value.to(device, dtype if value.is_floating_point() else None)
@@ -445,7 +399,7 @@ class InputFormat:
             raise ValueError(f"a {what} must be a text that is not empty, not {text!r}")
         text = text.strip()
         if what == "prompt":  # LLaVA's usual form marks the place of the picture
-            text = text.removeprefix(f"{self.image_token}\n").lstrip()
+            text = text.removeprefix(f"{self.image_tokens[0]}\n").lstrip()
         if any(token in text for token in self.image_tokens):
             raise ValueError(f"the {what} {text[:40]!r} holds the image token; pass the picture")
         if any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -458,94 +412,72 @@ class InputFormat:
         By the chat template, or, a single question, as `<image>\\n{question} The answer is:`.
         """
         if self.prompt_style == "chat" and getattr(self.processor, "chat_template", None):
-            text = self._rendered(said, add_generation_prompt=True)
-            if text is None:
-                remedy = "set processor.chat_template = None, or use edit_inputs"
-                raise ValueError(f"the chat template does not render {said[-1][0]!r}; {remedy}")
-            return text
+            return self._rendered(said, add_generation_prompt=True)
         if len(said) > 1:
             raise ValueError("without a chat template there are single questions only")
         question, has_image = said[0]
         token = has_image and not self._processor_places_image_token
         end = " The answer is:" if self.prompt_style == "chat" else ""
-        return f"{self.image_token}\n" * token + question + end
+        return f"{self.image_tokens[0]}\n" * token + question + end
 
-    def _rendered(self, said: list[tuple[str, bool]], **settings) -> str | None:
-        """Apply the chat template; None if it does not show what is said."""
-        for as_parts in (True, False):  # most templates take a list of parts, old ones a string
-            turns = []
-            for i, (text, has_image) in enumerate(said):
-                parts = [{"type": "image"}] * has_image + [{"type": "text", "text": text}]
-                content = parts if as_parts else f"{self.image_token}\n" * has_image + text
-                turns.append({"role": ("user", "assistant")[i % 2], "content": content})
-            with contextlib.suppress(Exception):  # of the template: it did not expect this form
-                rendered = rest = self.processor.apply_chat_template(turns, **settings)
-                for text, _ in said:
-                    rest = rest.replace(text, "")
-                shown = all(text in rendered for text, _ in said)
-                if shown and "'type'" not in rest:  # not the list of parts as it prints
-                    return rendered
-        return None
+    def _rendered(self, said: list[tuple[str, bool]], **settings) -> str:
+        """Apply the chat template. Raises ValueError if it does not show what is said."""
+        turns = []
+        for i, (text, has_image) in enumerate(said):
+            parts = [{"type": "image"}] * has_image + [{"type": "text", "text": text}]
+            turns.append({"role": ("user", "assistant")[i % 2], "content": parts})
+        with contextlib.suppress(Exception):  # of the template, which may raise anything
+            text = self.processor.apply_chat_template(turns, **settings)
+            if all(words in text for words, _ in said) and "{'type'" not in text:
+                return text
+        told = f"the chat template does not render {said[-1][0]!r}: it must take a list of parts"
+        raise ValueError(f"{told}; set processor.chat_template = None, or use edit_inputs")
 
     @cached_property
     def _processor_places_image_token(self) -> bool:
         """Some processors (BLIP-2, PaliGemma) put the image before any text, others do not."""
-        picture = Image.new("RGB", (64, 64))
+        pictures = [[Image.new("RGB", (64, 64))]]
         try:
-            made = self.processor(images=[[picture]], text=["?"], return_tensors="pt")
+            made = self.processor(images=pictures, text=["?"], return_tensors="pt")
         except (ValueError, IndexError):  # it found no place for the image
             return False
-        return bool((made["input_ids"] == self.image_token_id).any())
+        return self.has_image(made["input_ids"])
 
-    def _append_targets(self, inputs: dict, texts: list[str], targets: list[str]) -> dict:
+    def _append_targets(self, inputs: dict, targets: list[str]) -> dict:
         """Put the targets' tokens behind the prompts, padded on the right, and labels on them."""
         ids, rows = inputs["input_ids"], []
-        for target, text, prompt in zip(targets, texts, ids, strict=True):
-            rows.append(self._target_tokens(target, text, int(prompt[-1])))
+        for target, prompt in zip(targets, ids.tolist(), strict=True):
+            rows.append(self._target_tokens(target, prompt[-1]))
         length = max(map(len, rows))
         labels = torch.tensor([row + [IGNORE] * (length - len(row)) for row in rows])
         present = labels != IGNORE
         tail = {"input_ids": labels.masked_fill(~present, self.tokenizer.pad_token_id)}
-        tail["attention_mask"] = present.long()
+        tail |= {"attention_mask": present.long(), "labels": labels}
         if "token_type_ids" in inputs:
             # Where 1 marks image tokens (Gemma 3), an answer is text: 0. Where a prompt has no
             # marks (PaliGemma), 1 tells the answer from it.
             marks_images = inputs["token_type_ids"][ids == self.image_token_id].any()
             tail["token_type_ids"] = present.long() * ~marks_images
-        joined = inputs | {"labels": torch.cat([torch.full_like(ids, IGNORE), labels], 1)}
-        for key, value in inputs.items():
-            if value.shape == ids.shape:
-                behind = tail.get(key, torch.zeros_like(labels)).to(value.dtype)
-            elif value.shape[:2] == ids.shape:  # which pictures a token sees (Mllama)
-                behind = value[:, -1:].expand(-1, length, *value.shape[2:])
-            else:
-                continue
-            joined[key] = torch.cat([value, behind], 1)
+        joined = inputs | {"labels": torch.full_like(ids, IGNORE)}
+        for key, value in joined.items():
+            if value.shape[:2] == ids.shape:  # what else is said of the last token goes on
+                last = value[:, -1:].expand(-1, length, *value.shape[2:])
+                joined[key] = torch.cat([value, tail.get(key, last).to(value.dtype)], 1)
         return joined
 
-    def _target_tokens(self, target: str, prompt_text: str, last: int) -> list[int]:
-        """Tokenise a target as it stands behind its prompt, with the token that ends an answer.
+    def _target_tokens(self, target: str, last: int) -> list[int]:
+        """Tokenise a target as it stands behind a prompt, with the token that ends an answer.
 
         Behind "ASSISTANT:" a space comes first, behind "assistant\\n" or a special token none.
+        Alone it may have other tokens: Llama's tokenizer puts a space before whatever comes first.
         """
-        ending = prompt_text[-1:] + self.tokenizer.decode([last])[-1:]
-        opens = last in self._special_ids or any(map(str.isspace, ending))
-        before, text = ("\n", target) if opens else (":", " " + target)
-        tokens = self._tokens_behind(before, text)
+        said = self.tokenizer.decode([last], skip_special_tokens=True)
+        before, text = (":", " " + target) if said[-1:].strip() else ("\n", target)
+        both = self.tokenizer([before, before + text], add_special_tokens=False).input_ids
+        tokens = both[1][len(both[0]) :]
         if not tokens:
             raise ValueError(f"the target {target!r} has no token in the model's vocabulary")
         return [*tokens, self._end_token]
-
-    def _tokens_behind(self, before: str, text: str) -> list[int]:
-        """Tokenise a text as it stands behind another.
-
-        Alone it may have other tokens: Llama's tokenizer puts a space before whatever comes first.
-        """
-        head = self.tokenizer(before, add_special_tokens=False).input_ids
-        tokens = self.tokenizer(before + text, add_special_tokens=False).input_ids
-        if tokens[: len(head)] == head:
-            return tokens[len(head) :]
-        return self.tokenizer(text, add_special_tokens=False).input_ids
 
     @cached_property
     def _end_token(self) -> int:
@@ -563,48 +495,8 @@ class InputFormat:
         return bool((ids == self.image_token_id).any())
 
     def masks_of(self, inputs: dict, device: torch.device) -> RowMasks:
-        """Find the image, prompt and answer rows: of a chat, those of its last question.
-
-        What follows the opening of the last answer is no prompt, whether or not labels mark it.
-        Raises RuntimeError where nothing tells the prompt from what was generated.
-        """
-        ids, mask, labels = self._per_token(inputs)
-        rows, column = _unanswered(ids, labels), torch.arange(ids.shape[1], device=ids.device)
-        asked = torch.tensor([self._last_question(tokens) for tokens in rows], device=ids.device)
-        opens = torch.tensor([self._answer_opens(tokens) for tokens in rows], device=ids.device)
-        if labels is None and inputs.get("use_cache") is False and (opens > ids.shape[1]).any():
-            reason = "without a KV cache and a chat template, what was generated looks like prompt"
-            raise RuntimeError(f"{reason}: generate with the cache, or pass labels")
-        said = column >= opens[:, None] + len(self._openings[2])
-        special = torch.tensor(sorted(self._special_ids), device=ids.device)
-        shown = asked if mask is None else asked & mask.bool()
-        in_question = column < opens[:, None]
-        masks = row_masks(ids, shown, labels, self.image_token_id, special, in_question)
-        found = masks.image, masks.prompt & ~said, masks.answer
-        return RowMasks(*(mask.to(device) for mask in found))
-
-    def _per_token(self, inputs: dict) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Give input_ids, attention mask and labels, each (B, T)."""
-        ids, mask, labels = (inputs.get(k) for k in ("input_ids", "attention_mask", "labels"))
-        if isinstance(mask, dict):  # one for each kind of layer
-            mask = first_of(mask, *mask)
-        if isinstance(mask, Tensor) and mask.dim() == 4:  # prepared for a static cache
-            own = mask[:, 0, :, : ids.shape[1]].diagonal(dim1=-2, dim2=-1)
-            mask = own if own.dtype == torch.bool else own == 0
-        if labels is not None:  # with logits_to_keep they are those of the last tokens
-            labels = F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)
-        return ids, mask, labels
-
-    @cached_property
-    def _special_ids(self) -> set[int]:
-        text = self.model.config.get_text_config()
-        if self.tokenizer is None:
-            ends = text.eos_token_id
-            ids = [text.bos_token_id, text.pad_token_id, *(ends if type(ends) is list else [ends])]
-        else:
-            added = self.tokenizer.added_tokens_decoder.items()
-            ids = [*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)]
-        return {i for i in ids if isinstance(i, int)}
+        """Find the image, prompt and answer rows: of a chat, those of its last question."""
+        return RowMasks(*(mask.to(device) for mask in self._last_question(inputs)[1]))
 
     def asked_alone(self, inputs: dict) -> dict:
         """Leave out all of a chat but its last question and the picture that it is about.
@@ -613,117 +505,129 @@ class InputFormat:
         as if it were asked alone, about the last picture before it. Returns the inputs themselves
         where nothing is left out.
         """
-        ids, mask, labels = self._per_token(inputs)
-        if self.tokenizer is None or inputs.get("inputs_embeds") is not None:
+        ids, attended, labels = self._per_token(inputs)
+        shown, _ = self._last_question(inputs)
+        if inputs.get("inputs_embeds") is not None or torch.equal(shown, attended):
             return inputs
-        kept = [self._last_question(tokens) for tokens in _unanswered(ids, labels)]
-        kept = torch.tensor(kept, device=ids.device)
-        if kept.all():
-            return inputs
-        shown = kept if mask is None else kept & mask.bool()
         # Earlier pictures stay, in front and unseen: what the model reads of them comes in order.
-        earlier = torch.isin(ids, torch.tensor(self._picture_ids, device=ids.device)) & ~shown
-        order = torch.where(earlier, 0, 2).masked_fill(shown, 1).argsort(dim=1, stable=True)
-        shown, earlier = shown.gather(1, order), earlier.gather(1, order)
+        image, rows = ids == self.image_token_id, torch.arange(len(ids), device=ids.device)[:, None]
+        place = torch.where(image, 0, 2).masked_fill(shown, 1)
+        order = place.argsort(dim=1, stable=True)
         alone = {}
         for key, value in inputs.items():
-            if isinstance(value, Tensor) and value.shape[:2] == ids.shape:
-                index = order.reshape(order.shape + (1,) * (value.dim() - 2))
-                value = value.gather(1, index.expand(value.shape))
-            if key != "position_ids":  # they are of the whole chat
-                alone[key] = value
-        alone["attention_mask"] = shown.long()
-        unseen, padding = ~shown & ~earlier, self.tokenizer.pad_token_id
-        alone["input_ids"] = alone["input_ids"].masked_fill(unseen, padding)
-        if labels is not None:
-            alone["labels"] = labels.gather(1, order).masked_fill(~shown, IGNORE)
+            per_token = isinstance(value, Tensor) and value.shape[:2] == ids.shape
+            alone[key] = value[rows, order] if per_token else value
+        alone["attention_mask"] = shown[rows, order].long()
+        alone.pop("position_ids", None)  # they are of the whole chat
+        if inputs.get("labels") is not None:
+            alone["labels"] = labels.masked_fill(~shown, IGNORE)[rows, order]
         make = getattr(getattr(self.model, "model", None), "get_rope_index", None)
-        if make is not None and earlier.any():  # Qwen-VL would count the unseen pictures
+        if make is not None and (image & ~shown).any():
+            # Qwen-VL would count the unseen pictures.
             known = {k: v for k, v in inputs.items() if k in inspect.signature(make).parameters}
-            positions = make(**known)[0]
-            alone["position_ids"] = positions.gather(-1, order.expand_as(positions))
+            alone["position_ids"] = make(**known)[0][:, rows, order]
         return alone
 
-    @cached_property
-    def _picture_ids(self) -> list[int]:
-        """The tokens that stand for pictures and videos."""
-        video = getattr(self.model.config, "video_token_id", None)
-        return [self.image_token_id] if video is None else [self.image_token_id, video]
+    def _per_token(self, inputs: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """Give input_ids, which of them are attended to, and labels, each (B, T)."""
+        ids, mask, labels = (inputs.get(k) for k in ("input_ids", "attention_mask", "labels"))
+        if isinstance(mask, dict):  # one for each kind of layer
+            mask = first_of(mask, *mask)
+        if mask is None:
+            mask = torch.ones_like(ids)
+        elif mask.dim() == 4:  # prepared for a static cache
+            own = mask[:, 0, :, : ids.shape[1]].diagonal(dim1=-2, dim2=-1)
+            mask = own if own.dtype == torch.bool else own == 0
+        if labels is None:
+            labels = torch.full_like(ids, IGNORE)
+        # With logits_to_keep they are those of the last tokens.
+        return ids, mask.bool(), F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)
 
-    def _last_question(self, tokens: list[int]) -> list[bool]:
-        """Mark what asks the last question of a chat: how a chat begins, a picture, the question.
+    def _last_question(self, inputs: dict) -> tuple[Tensor, RowMasks]:
+        """Mark what asks the last question of a chat (B, T), and find the rows of that question.
 
-        Of several pictures it is the last one before the question; the rest is context.
+        It is asked by how the chat begins, the last picture before it, and its own words. Prompt
+        rows are those behind the image, or, where it follows the question or there is none, all but
+        the leading special tokens. What follows the opening of the answer is no prompt, whether or
+        not labels mark it.
+        Raises RuntimeError where nothing tells the prompt from what was generated.
         """
-        pictures = {i for i, token in enumerate(tokens) if token in self._picture_ids}
-        if not pictures or self.tokenizer is None:
-            return [True] * len(tokens)
-        turn, opening = self._turns(tokens)[-1], self._openings[0]
-        begin = end = max(pictures)  # tiles and rows of one picture have only layout between them
-        while begin and (begin - 1 in pictures or self._is_layout(tokens[begin - 1])):
-            begin -= 1
-        while end + 1 < len(tokens) and self._is_layout(tokens[end + 1]):
-            end += 1
-        asked = turn + len(self._openings[1]) * (turn > 0)
-        if end + 1 >= min(self._answer_opens(tokens), len(tokens)):  # the question stands before it
-            begin = min(begin, asked)
-        elif begin >= turn:
-            asked = end + 1
-        if not turn and begin <= min(pictures):  # one question, one picture
-            return [True] * len(tokens)
-        start = next(i for i, t in enumerate(tokens) if t != self.tokenizer.pad_token_id)
-        head = start
-        while tokens[head] in self._special_ids and head not in pictures:
-            head += 1
-        if tokens[start : start + len(opening)] == opening:
-            head = max(head, start + len(opening))
-        return [start <= i < head or begin <= i <= end or asked <= i for i in range(len(tokens))]
+        ids, attended, labels = self._per_token(inputs)
+        answer, words = labels != IGNORE, self._words(ids) & attended
+        image = (ids == self.image_token_id) & attended
+        has_image, (opening, question, reply) = image.any(1, keepdim=True), self._openings
 
-    def _is_layout(self, token: int) -> bool:
-        """Is a token special, or white space: no word of the question?"""
-        return token in self._special_ids or not self.tokenizer.decode([token]).strip()
+        asked = ids.masked_fill(answer | ~attended, IGNORE)  # no answer opens a turn
+        replies = _starts_of(reply, asked)
+        turns = _starts_of(question, asked) & (replies.cumsum(1) > 0)
+        turn = _shifted(turns, len(question)).cumsum(1)
+        last_turn = turn == turn[:, -1:]
+        opened = (replies & last_turn).cumsum(1) > 0
+        no_cache = inputs.get("use_cache") is False and inputs.get("labels") is None
+        if no_cache and not opened.any(1).all():
+            reason = "without a KV cache and a chat template, what was generated looks like prompt"
+            raise RuntimeError(f"{reason}: generate with the cache, or pass labels")
 
-    def _turns(self, tokens: list[int]) -> list[int]:
-        """Find where the turns of a chat begin: at questions that follow an answer."""
-        _, asked, answered = (_find(tokens, opening) for opening in self._openings)
-        return [0, *(start for start in asked if answered and start > answered[0])]
+        place = words.cumsum(1)  # tiles and rows of one picture have no words between them
+        last = place.masked_fill(~image, -1).amax(1, keepdim=True)
+        picture, behind = ~words & (place == last), place > last
+        asks = (words & behind & ~opened & ~answer).any(1, keepdim=True)
+        shown = attended
+        if self.tokenizer is not None:
+            # The chat begins as far as it is like the template's.
+            begins = ids.new_tensor([*opening, IGNORE])
+            number = (attended.cumsum(1) - 1).clamp(0, len(opening))
+            head = ((ids == begins[number]) | ~attended).cumprod(1).bool()
+            several = has_image & (~last_turn | image & ~picture).any(1, keepdim=True)
+            shown = attended & (~several | head | picture | last_turn & (behind | ~asks))
 
-    def _answer_opens(self, tokens: list[int]) -> int:
-        """Find where the answer of the last turn is opened; beyond the end if nothing does."""
-        last = self._turns(tokens)[-1]
-        opens = (i for i in _find(tokens, self._openings[2]) if i >= last)
-        return next(opens, len(tokens) + 1)
+        image = image & shown
+        text = shown & ~image & ~answer & ~_shifted(opened, len(reply))
+        behind = text & (image.cumsum(1) > 0)
+        asks = (words & behind & ~opened).any(1, keepdim=True)
+        return shown, RowMasks(image, torch.where(asks, behind, text & (place > 0)), answer)
+
+    def _words(self, ids: Tensor) -> Tensor:
+        """Mark the tokens (B, T) that are words: neither special, nor white space, nor image."""
+        if self.tokenizer is None:
+            text = self.model.config.get_text_config()
+            blank = [i for i in (text.bos_token_id, text.pad_token_id) if i is not None]
+        else:
+            found = ids.unique().tolist()
+            read = self.tokenizer.batch_decode([[i] for i in found], skip_special_tokens=True)
+            blank = [i for i, text in zip(found, read, strict=True) if not text.strip()]
+        return ~torch.isin(ids, ids.new_tensor([self.image_token_id, *blank]))
 
     @cached_property
     def _openings(self) -> tuple[list[int], list[int], list[int]]:
         """The tokens that open a chat, a later question, and an answer; none if unknown."""
-        chat = None
-        if self.tokenizer is not None and self.prompt_style == "chat":
-            chat = self._rendered([(word, False) for word in ("first", "second", "third")])
-        if chat is None:
+        if self.tokenizer is None:
             return [], [], []
-        opening, answer, question, _ = re.split("first|second|third", chat, maxsplit=3)
-        has_bos = opening.startswith(self.tokenizer.bos_token or "\0")
-        ids = self.tokenizer(opening.rstrip(), add_special_tokens=not has_bos).input_ids
-        return ids, self._tokens_between(question), self._tokens_between(answer)
-
-    def _tokens_between(self, text: str) -> list[int]:
-        """Tokenise what stands between two turns; a space belongs to the word behind it."""
-        opening = text.strip()
-        space = text[: text.find(opening)][-1:]
-        before, opening = (":", space + opening) if space == " " else (space or ":", opening)
-        return self._tokens_behind(before, opening) if opening.strip() else []
-
-
-def _unanswered(ids: Tensor, labels: Tensor | None) -> list[list[int]]:
-    """Give the tokens of each row, blank where labels mark an answer: no answer opens a turn."""
-    return (ids if labels is None else ids.masked_fill(labels != IGNORE, IGNORE)).tolist()
+        begin = self.tokenizer("").input_ids
+        with contextlib.suppress(ValueError):  # of a template that renders no chat
+            chat = self._rendered([(word, False) for word in ("first", "second", "third")])
+            encoded = self.tokenizer(chat, add_special_tokens=False)
+            between = re.match(r"(.*?)\s*first\s*(.*?)\s*second\s*(.*?)\s*third", chat, re.DOTALL)
+            found = []
+            for start, end in map(between.span, (1, 2, 3)):
+                first, last = (encoded.char_to_token(i) for i in (start, end - 1))
+                found.append(encoded.input_ids[first : last + 1] if start < end else [])
+            opening, reply, question = found
+            return opening if opening[:1] == begin else begin + opening, question, reply
+        return begin, [], []
 
 
-def _find(tokens: list[int], part: list[int]) -> list[int]:
-    """Find where these tokens stand one behind the other."""
-    starts = [i for i, token in enumerate(tokens) if part and token == part[0]]
-    return [i for i in starts if tokens[i : i + len(part)] == part]
+def _starts_of(part: list[int], ids: Tensor) -> Tensor:
+    """Mark in ids (B, T) where these tokens stand one behind the other, by the first of them."""
+    if not 0 < len(part) <= ids.shape[1]:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    found = (ids.unfold(1, len(part), 1) == ids.new_tensor(part)).all(-1)
+    return F.pad(found, (0, len(part) - 1))
+
+
+def _shifted(mask: Tensor, count: int) -> Tensor:
+    """Shift a mask (B, T) so many tokens to the right."""
+    return F.pad(mask, (count, 0))[:, : mask.shape[1]]
 
 
 def checked_picture(image: Image.Image) -> Image.Image:

@@ -40,7 +40,7 @@ import data
 import drawn
 import liveedit
 import run
-from backbone import FrozenModel, find_decoder_layers, row_masks
+from backbone import FrozenModel, InputFormat, find_decoder_layers
 from generator import CrossAttention, Edit, ExpertGenerator, ExpertRepository, apply_experts
 from liveedit import LiveEdit, LiveEditConfig, Question
 from router import Router, Rows, hard_filter_loss, soft_router_losses, text_similarity
@@ -130,6 +130,7 @@ def routes_of(editor: LiveEdit, inputs: dict) -> list[dict]:
 def routed_prompts(editor: LiveEdit, inputs: dict) -> list[str]:
     """What the router reads as the prompt of each row, without special tokens."""
     alone = editor._format.asked_alone(inputs)
+    assert editor._format.asked_alone(alone) is alone
     prompt = editor._format.masks_of(alone, editor.model.device).prompt
     rows = [ids[mask] for ids, mask in zip(alone["input_ids"], prompt, strict=True)]
     texts = editor.processor.batch_decode(rows, skip_special_tokens=True)
@@ -322,7 +323,11 @@ def test_rows_of_an_answer_carry_their_place_wherever_they_stand():
 def test_prompt_rows_follow_the_image_or_else_the_leading_special_tokens():
     ids = torch.tensor([[1, 9, 7, 7, 4, 5, 6], [2, 1, 4, 5, 6, 7, 7], [2, 2, 1, 4, 5, 6, 8]])
     labels = torch.tensor([[-100] * 6 + [6], [-100] * 7, [-100] * 7])
-    masks = row_masks(ids, (ids != 2).long(), labels, 7, torch.tensor([1, 2]))
+    text = SimpleNamespace(bos_token_id=1, eos_token_id=None, pad_token_id=2)
+    config = SimpleNamespace(image_token_id=7, get_text_config=lambda: text)
+    form = InputFormat(SimpleNamespace(config=config), None, "chat")
+    inputs = {"input_ids": ids, "attention_mask": (ids != 2).long(), "labels": labels}
+    masks = form.masks_of(inputs, ids.device)
     expected = [[0, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
     assert masks.prompt.long().tolist() == expected
     assert masks.image.sum().item() == 4 and masks.answer.sum().item() == 1
@@ -820,16 +825,16 @@ CHATML = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor 
 
 def test_a_target_has_the_tokens_that_it_has_behind_its_prompt(base, monkeypatch):
     breaks = "{{ '\\n' }}"  # templates lose a last line break that stands for itself
-    ends = {PARTS + " A:": "Ġ", CHATML + "assistant" + breaks: "d", PARTS + breaks: "d"}
-    ends[PARTS + "<s>"] = "d"
+    ends = {PARTS + " A:": "Ġ", PARTS + breaks: "d", PARTS + "<s>": "d"}
     for template, first in ends.items():
         monkeypatch.setattr(base[1], "chat_template", template)
         tokens = targets_of(LiveEdit(*base, attach=False), "dog")
         assert tokens[0].startswith(first), (template, tokens)
         assert "".join(tokens).strip("Ġ") == "dog</s>"
-    monkeypatch.setattr(base[1], "chat_template", "{{ messages[0]['role'] }}")
-    with pytest.raises(ValueError, match="does not render"):
-        LiveEdit(*base, attach=False).encode(picture(), "What?")
+    for template in ("{{ messages[0]['role'] }}", CHATML):
+        monkeypatch.setattr(base[1], "chat_template", template)
+        with pytest.raises(ValueError, match="does not render .* take a list of parts"):
+            LiveEdit(*base, attach=False).encode(picture(), "What?")
 
 
 def llama_tokenizer() -> transformers.LlamaTokenizer:
@@ -911,9 +916,11 @@ def test_chats_are_recognised_by_the_template(base, editor, inputs, monkeypatch)
     for target in ("bob", "USER: bob"):  # no answer opens a turn
         prompts += routed_prompts(editor, editor.encode(picture(), QUESTIONS[0], target))
     assert prompts == [f"{QUESTIONS[0]} ASSISTANT:"] * 2
-    words = "{% for m in messages %}{{ ' Human: ' if m['role'] == 'user' else ' Bot: ' }}"
-    words += "{{ m['content'] }}{% endfor %}{{ ' Bot:' if add_generation_prompt }}"
-    for template in (CHATML, words):
+    said = "{% for p in m['content'] %}{{ p['text'] or '<image>' }}{% endfor %}{% endfor %}"
+    tokens = "{% for m in messages %}<|{{ m['role'] }}|>" + said
+    words = "{% for m in messages %}{{ ' Human: ' if m['role'] == 'user' else ' Bot: ' }}" + said
+    words += "{{ ' Bot:' if add_generation_prompt }}"
+    for template in (tokens, words):
         monkeypatch.setattr(base[1], "chat_template", template)
         editor = LiveEdit(*base, attach=False)
         chat = editor.encode(None, "Why?", before=[(picture(), "Who?", "me")])
@@ -1373,7 +1380,7 @@ def test_a_question_is_about_the_last_picture_before_it_in_each_family(family):
         return  # it reads one picture
     editor, one = strong_editor(model, None, module_dim=32), prepared(name, 2)
     editor._format.tokenizer = AutoProcessor.from_pretrained(TINY).tokenizer
-    editor._format._openings = [], [], []  # no chats, but an example before the question
+    editor._format._openings = [BOS], [], []  # no chats, but an example before the question
     editor.edit_inputs(one, [(picture(i), f"question {i}", "answer") for i in range(2)])
     two = behind_another_picture(name, one)
     # Qwen-VL's positions have a gap, Mllama's first token has seen the other picture.
@@ -1474,6 +1481,8 @@ def check_encode(name: str, processor, tmp_path: Path) -> None:
     editor.edit_many(asked)
     together = editor.encode(*map(list, zip(*asked, strict=True)))
     logits = answers_of(together, logits_of(editor, together))
+    given = [together[key][together["labels"] != -100] for key in ("input_ids", "labels")]
+    assert_same(*given)
     alone = [editor.encode(*one) for one in asked]
     expected = [answers_of(inputs, logits_of(editor, inputs)) for inputs in alone]
     assert_close(logits, torch.cat(expected), 5e-3)
