@@ -494,21 +494,21 @@ class InputFormat:
         """Tell whether any row of input_ids (B, T) has an image token."""
         return bool((ids == self.image_token_id).any())
 
-    def masks_of(self, inputs: dict, device: torch.device) -> RowMasks:
+    def masks_of(self, inputs: dict) -> RowMasks:
         """Find the image, prompt and answer rows: of a chat, those of its last question."""
-        return RowMasks(*(mask.to(device) for mask in self._last_question(inputs)[1]))
+        return self._last_question(inputs)[1]
 
-    def asked_alone(self, inputs: dict) -> dict:
+    def asked_alone(self, inputs: dict) -> tuple[dict, RowMasks]:
         """Leave out all of a chat but its last question and the picture that it is about.
 
         Differs from the paper, whose prompts are single questions: the last one of a chat is routed
-        as if it were asked alone, about the last picture before it. Returns the inputs themselves
-        where nothing is left out.
+        as if it were asked alone, about the last picture before it. Returns the inputs, themselves
+        where nothing is left out, with their image, prompt and answer rows.
         """
         ids, attended, labels = self._per_token(inputs)
-        shown, _ = self._last_question(inputs)
+        shown, masks = self._last_question(inputs)
         if inputs.get("inputs_embeds") is not None or torch.equal(shown, attended):
-            return inputs
+            return inputs, masks
         # Earlier pictures stay, in front and unseen: what the model reads of them comes in order.
         image, rows = ids == self.image_token_id, torch.arange(len(ids), device=ids.device)[:, None]
         place = torch.where(image, 0, 2).masked_fill(shown, 1)
@@ -526,7 +526,7 @@ class InputFormat:
             # Qwen-VL would count the unseen pictures.
             known = {k: v for k, v in inputs.items() if k in inspect.signature(make).parameters}
             alone["position_ids"] = make(**known)[0][:, rows, order]
-        return alone
+        return alone, self._last_question(alone)[1]
 
     def _per_token(self, inputs: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Give input_ids, which of them are attended to, and labels, each (B, T)."""

@@ -39,6 +39,7 @@ from backbone import (
     PICTURES,
     FrozenModel,
     InputFormat,
+    RowMasks,
     States,
     device_of,
     find_decoder_layers,
@@ -298,10 +299,10 @@ class LiveEdit(nn.Module):
         if not self._format.has_image(ids):
             return Route(has_image=False)
         self._refuse(call, hidden)
-        alone = self._format.asked_alone(call)
+        alone, masks = self._format.asked_alone(call)
         if alone is not call:
             hidden, _ = self.frozen.record(alone, above=False)
-        image, prompt, _ = self._format.masks_of(alone, hidden.device)
+        image, prompt = masks.image.to(hidden.device), masks.prompt.to(hidden.device)
         if not prompt[image.any(1)].any(1).all():
             raise ValueError("a row with an image has no prompt: labels must be -100 on the prompt")
         with plain_mode(hidden.device), self._lock:
@@ -394,11 +395,14 @@ class LiveEdit(nn.Module):
         and compares them with what the model itself does.
         Raises RuntimeError if the two differ: then training would see another model.
         """
-        alone = self._format.asked_alone(inputs)
-        inputs = inputs if above else alone
+        alone, masks = self._format.asked_alone(inputs)
+        if not above:
+            inputs = alone
+        elif alone is not inputs:
+            masks = self._format.masks_of(inputs)
         hidden, calls = self.frozen.record(inputs, above)
         self._follow(hidden.device)
-        masks = self._format.masks_of(inputs, hidden.device)
+        masks = RowMasks(*(mask.to(hidden.device) for mask in masks))
         labels = F.pad(
             inputs["labels"], (hidden.shape[1] - inputs["labels"].shape[1], 0), value=IGNORE
         )

@@ -129,9 +129,8 @@ def routes_of(editor: LiveEdit, inputs: dict) -> list[dict]:
 
 def routed_prompts(editor: LiveEdit, inputs: dict) -> list[str]:
     """What the router reads as the prompt of each row, without special tokens."""
-    alone = editor._format.asked_alone(inputs)
-    assert editor._format.asked_alone(alone) is alone
-    prompt = editor._format.masks_of(alone, editor.model.device).prompt
+    alone, (_, prompt, _) = editor._format.asked_alone(inputs)
+    assert editor._format.asked_alone(alone)[0] is alone
     rows = [ids[mask] for ids, mask in zip(alone["input_ids"], prompt, strict=True)]
     texts = editor.processor.batch_decode(rows, skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
@@ -327,7 +326,7 @@ def test_prompt_rows_follow_the_image_or_else_the_leading_special_tokens():
     config = SimpleNamespace(image_token_id=7, get_text_config=lambda: text)
     form = InputFormat(SimpleNamespace(config=config), None, "chat")
     inputs = {"input_ids": ids, "attention_mask": (ids != 2).long(), "labels": labels}
-    masks = form.masks_of(inputs, ids.device)
+    masks = form.masks_of(inputs)
     expected = [[0, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
     assert masks.prompt.long().tolist() == expected
     assert masks.image.sum().item() == 4 and masks.answer.sum().item() == 1
