@@ -41,6 +41,7 @@ import drawn
 import liveedit
 import run
 from backbone import FrozenModel, InputFormat, find_decoder_layers
+from benchmarks.pictures import read_folder
 from generator import CrossAttention, Edit, ExpertGenerator, ExpertRepository, apply_experts
 from liveedit import LiveEdit, LiveEditConfig, Question
 from router import Router, Rows, hard_filter_loss, soft_router_losses, text_similarity
@@ -1649,6 +1650,46 @@ def test_the_drawn_benchmark_keeps_its_promises():
         assert scene_of(q["modal_locality"]).differences(scene) == 3
         assert q["no_image"].prompt == q["similar_image"].prompt == sample.edit.prompt
     assert drawn.drawn_stream(30, 3) == drawn.drawn_stream(30, 3) != drawn.drawn_stream(30, 4)
+
+
+def test_invented_pictures_and_views_are_those_of_their_seeds(tmp_path):
+    one, other = drawn.Invented(1, 2), [drawn.Invented(1, 3), drawn.Invented(4, 2)]
+    pixels = one.open().tobytes()
+    assert pixels == drawn.Invented(1, 2).open().tobytes()
+    assert pixels not in [picture.open().tobytes() for picture in other]
+    seen = [drawn.View(one, seed).open().tobytes() for seed in (5, 5, 6)]
+    assert seen[0] == seen[1] != seen[2] and pixels not in seen
+    hidden = Image.new("RGBA", (40, 40), (0, 0, 0, 0))  # black, and seen through
+    hidden.save(tmp_path / "hidden.png")
+    view = drawn.View(data.ImageFile(tmp_path / "hidden.png"), 0).open()
+    assert min(view.getpixel((x, x))[0] for x in (0, 15, view.width - 1)) > 150
+
+
+def test_training_draws_in_many_colors_and_invents_pictures():
+    samples = drawn.drawn_training(3000, 0)
+    pictures = [sample.edit.image for sample in samples]
+    palettes = {p.palette for p in pictures if isinstance(p, drawn.Drawing)}
+    invented = [p for p in pictures if isinstance(p, drawn.Invented)]
+    assert 0 in palettes and len(palettes) > 1 and len(invented) == len(set(invented)) == 1200
+    assert drawn.Drawing(drawn.SCENES[0], 1, 7).open() != drawn.Drawing(drawn.SCENES[0], 1).open()
+    for sample in samples:
+        again = sample.queries["modal_generality"]
+        assert again.image != sample.edit.image and again.target == sample.edit.target
+
+
+def test_a_folder_of_pictures_is_split_by_thing(tmp_path):
+    names = [{"file": f"{i}.png", "name": f"thing {i // 2}"} for i in range(60)]
+    (tmp_path / "names.json").write_text(json.dumps({"things": names}))
+    for artist in ("one", "two"):
+        (tmp_path / artist).mkdir()
+        for i in range(60):
+            (tmp_path / artist / f"{i}.png").write_bytes(b"")
+    (tmp_path / "kite.jpg").write_bytes(b"")
+    (tmp_path / "kite_2.jpg").write_bytes(b"")
+    trained, held_out = ({(p.thing, p.file.path) for p in part} for part in read_folder(tmp_path))
+    assert len(trained) + len(held_out) == 122
+    things, others = ({thing for thing, _ in part} for part in (trained, held_out))
+    assert not things & others and len(others) == 10 and "kite" in things | others
 
 
 def test_steps_contradict_nowhere_and_use_all_samples():
