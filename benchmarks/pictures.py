@@ -1,5 +1,7 @@
 """Edit any pictures: emoji, photographs, whatever lies in a folder; nothing of it in the training.
 
+    npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
+    python benchmarks/pictures.py FOLDER --unpack emoji-datasource-*.tgz
     python benchmarks/pictures.py FOLDER --editor tiny-llava/editor
 
 FOLDER has sub-folders of pictures; files of one name in several of them show one thing, drawn by
@@ -12,6 +14,7 @@ seen. Writes pictures.json.
 import json
 import random
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +40,9 @@ COLUMNS = {
     "reliability": "edit", "text_generality": "rephrased", "modal_generality": "view",
     "artist": "other artist", "same_image": "other question", "modal_locality": "other picture",
 }  # fmt: skip
+
+
+NO_THINGS = ("Symbols", "Flags", "Component")  # categories of emoji
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,25 @@ def read_folder(folder: Path) -> tuple[list[Picture], list[Picture]]:
     held_out = set(random.Random("pictures").sample(things, len(things) // 3))
     trained = [picture for picture in pictures if picture.thing not in held_out]
     return trained, [picture for picture in pictures if picture.thing in held_out]
+
+
+def unpack(packages: list[Path], folder: Path) -> None:
+    """Fill a folder of pictures from packages of emoji, one sub-folder for each, with names."""
+    things = {}
+    for package in packages:
+        target = folder / package.name.removesuffix(".tgz")
+        target.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(package) as archive:
+            for emoji in json.load(archive.extractfile("package/emoji.json")):
+                if emoji["category"] not in NO_THINGS:
+                    name = emoji["short_name"].replace("_", " ").replace("-", " ")
+                    things[emoji["image"]] = {"file": emoji["image"], "name": name}
+            for member in archive:
+                file = Path(member.name)
+                if file.parent.name == "64" and file.name in things:
+                    (target / file.name).write_bytes(archive.extractfile(member).read())
+    names = json.dumps({"things": list(things.values())}, indent=0)
+    (folder / "names.json").write_text(names, encoding="utf-8")
 
 
 def stream_of(pictures: list[Picture], edits: int, seed: int) -> list[EditSample]:
@@ -124,12 +149,16 @@ def lookup(model, processor, samples: list[EditSample], query: str) -> float | N
 def main() -> None:
     parser = options_of(__doc__, "pictures.json")
     parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--unpack", type=Path, nargs="+", help="packages to fill the folder from")
     parser.add_argument("--edits", type=int, nargs="+", default=[50, 300])
     parser.add_argument("--asked", type=int, default=300, help="edits in all, in several streams")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.table:
         print(markdown(json.loads(given.table.read_text())))
+        return
+    if given.unpack:
+        unpack(given.unpack, given.folder)
         return
     try:
         _, pictures = read_folder(given.folder)
