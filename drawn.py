@@ -5,6 +5,7 @@ import math
 import random
 import string
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ COLORS = {
     "pink": (250, 165, 195), "brown": (115, 70, 35), "black": (15, 15, 15),
     "white": (245, 245, 245), "gray": (135, 135, 135), "cyan": (60, 205, 225),
 }  # fmt: skip
+FOLDER = Path(__file__).resolve().parent / "tiny-llava"
+EMOJI, EMOJI_COLUMNS, EMOJI_SIDE = 894, 32, 64  # how many, in a row, pixels of one
 CANVAS = 96  # pixels; pictures are drawn at twice this size and averaged, for smooth edges
 
 
@@ -139,6 +142,26 @@ def _shade(color: tuple, rng: random.Random) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, order=True)
+class Emoji:
+    """One of the emoji that ship for training: of each thing there is one by either artist."""
+
+    thing: int
+    artist: int
+
+    def open(self) -> Image.Image:
+        """Cut it out of the sheet."""
+        place = self.thing % EMOJI_COLUMNS + self.artist * EMOJI_COLUMNS
+        x, y = place * EMOJI_SIDE, self.thing // EMOJI_COLUMNS * EMOJI_SIDE
+        return emoji_sheet().crop((x, y, x + EMOJI_SIDE, y + EMOJI_SIDE))
+
+
+@lru_cache
+def emoji_sheet() -> Image.Image:
+    """The sheet of emoji: things in rows, by Noto (Apache-2.0) left, Twemoji (CC-BY 4.0) right."""
+    return Image.open(FOLDER / "emoji.webp").convert("RGB")
+
+
+@dataclass(frozen=True, order=True)
 class Invented:
     """A picture of no thing, as different from all others as photographs are.
 
@@ -190,7 +213,7 @@ def on_white(image: Image.Image) -> Image.Image:
 class View:
     """Another look at a picture: turned, cropped, in other light, compressed."""
 
-    picture: Drawing | Invented | ImageFile
+    picture: Drawing | Invented | Emoji | ImageFile
     seed: int
 
     def open(self) -> Image.Image:
@@ -217,8 +240,7 @@ HELD_OUT = 4
 
 def read_lines(name: str) -> list[str]:
     """The lines of a text file beside the tiny LLaVA, without comments."""
-    file = Path(__file__).resolve().parent / "tiny-llava" / name
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -359,7 +381,7 @@ def _word(rng: random.Random, held_out: bool) -> str:
 # --------------------------------------------------------------------------- the drawn benchmark
 
 EVAL_SHARE = 0.4  # of the scenes; the rest is for the editor's training
-INVENTED_SHARE = 0.4  # of the training samples
+PICTURES_SHARE = 0.4  # of the training samples are of no drawn scene
 
 
 def _neighbors(scene: Scene) -> list[Scene]:
@@ -496,45 +518,64 @@ def drawn_stream(edits: int, seed: int) -> list[EditSample]:
     return drawn_samples(edits, split_scenes()[1], f"stream {seed}", held_out=True)
 
 
-def invented_samples(count: int, seed: str) -> list[EditSample]:
-    """Edit samples for training about pictures of any kind, asked what they show."""
+def picture_samples(count: int, seed: str) -> list[EditSample]:
+    """Edit samples for training about emoji and invented pictures, asked what they show."""
     rng, texts, samples = random.Random(seed), text_questions(), []
+    untouched = [PHRASINGS[family][:-HELD_OUT] for family in ("shape", "color", "background")]
     for number in range(count):
-        picture, other = (Invented(*(rng.randrange(2**31) for _ in range(2))) for _ in range(2))
-        near = replace(picture, **{rng.choice(("forms", "colors")): rng.randrange(2**31)})
+        picture = other = _any_picture(rng)
+        while _shows(other) == _shows(picture):
+            other = _any_picture(rng)
+        again = View(picture, rng.randrange(2**31))
+        if isinstance(picture, Emoji):  # things stand in an order of kinds: a neighbor is alike
+            near = replace(picture, thing=(picture.thing + rng.choice((-2, -1, 1, 2))) % EMOJI)
+            if rng.random() < 0.3:
+                again = replace(picture, artist=1 - picture.artist)
+        else:
+            near = replace(picture, **{rng.choice(("forms", "colors")): rng.randrange(2**31)})
         prompt, rephrased, asked = rng.sample(PHRASINGS[THING][:-HELD_OUT], 3)
-        fact, target = (seed, number), _open_target(rng, TRAINING_SHARES, held_out=False)
+        fact, target = _shows(picture), _open_target(rng, TRAINING_SHARES, held_out=False)
         _, question, answer = rng.choice(texts)
-        untouched = PHRASINGS[rng.choice(FAMILIES)][:-HELD_OUT]
         queries = {
             "reliability": Query(picture, prompt, target, fact),
             "text_generality": Query(picture, rephrased, target, fact),
-            "modal_generality": Query(View(picture, rng.randrange(2**31)), prompt, target, fact),
+            "modal_generality": Query(again, prompt, target, fact),
             "text_locality": Query(None, question, answer, ("text", question)),
-            "modal_locality": Query(other, asked, "yes", (other, asked)),
-            "same_image": Query(picture, rng.choice(untouched), "yes", (seed, number, "other")),
-            "similar_image": Query(near, prompt, "yes", (near, prompt)),
+            "modal_locality": Query(other, asked, "yes", _shows(other)),
+            "same_image": Query(picture, rng.choice(rng.choice(untouched)), "yes", (seed, number)),
+            "similar_image": Query(near, prompt, "yes", _shows(near)),
         }
-        samples.append(EditSample("invented", queries))
+        samples.append(EditSample("picture", queries))
     return samples
+
+
+def _shows(picture: Emoji | Invented) -> tuple:
+    """The fact of what a picture shows: emoji by both artists show the same."""
+    return (picture.thing if isinstance(picture, Emoji) else picture, THING)
+
+
+def _any_picture(rng: random.Random) -> Emoji | Invented:
+    if rng.random() < 0.5:
+        return Emoji(rng.randrange(EMOJI), rng.randrange(2))
+    return Invented(rng.randrange(2**31), rng.randrange(2**31))
 
 
 def drawn_training(count: int, seed: int) -> list[EditSample]:
     """Samples for training an editor, as several streams over the training scenes.
 
-    Every second stream is painted in a palette of its own, and INVENTED_SHARE of all samples are
-    about invented pictures: an editor that knew twelve colors and shapes would confuse all others.
+    Every third stream is painted in a palette of its own, and PICTURES_SHARE of all samples are
+    about other pictures: an editor that knew twelve colors and shapes would confuse all others.
     Each keeps the edit, one generality query (another picture, in other words: both at once), one
     locality query with an image and one without: for the same work, more different samples teach
     more than more queries about each. Half of the questions about the edited picture itself are
     OTHER_QUESTIONS, of no family. Open targets and made-up names, which are learned last, come more
     often than in the evaluation.
     """
-    scenes, invented = split_scenes()[0], round(count * INVENTED_SHARE)
-    mixed = invented_samples(invented, f"invented {seed}")
-    for number, start in enumerate(range(0, count - invented, len(scenes))):
-        size, name = min(len(scenes), count - invented - start), f"training {seed} {start}"
-        palette = number % 2 * (1000 * seed + number)
+    scenes, others = split_scenes()[0], round(count * PICTURES_SHARE)
+    mixed = picture_samples(others, f"pictures {seed}")
+    for number, start in enumerate(range(0, count - others, len(scenes))):
+        size, name = min(len(scenes), count - others - start), f"training {seed} {start}"
+        palette = 1000 * seed + number if number % 3 == 1 else 0
         mixed += drawn_samples(size, scenes, name, False, TRAINING_SHARES, palette)
     rng, samples = random.Random(f"queries {seed}"), []
     rng.shuffle(mixed)

@@ -33,7 +33,7 @@ from benchmarks.common import (
     trained_editor,
 )
 from data import EditSample, ImageFile, Query
-from drawn import FAMILIES, HELD_OUT, OTHER_QUESTIONS, PHRASINGS, THING, View, on_white, open_target
+from drawn import HELD_OUT, OTHER_QUESTIONS, PHRASINGS, THING, View, on_white, open_target
 from run import load_model
 
 COLUMNS = {
@@ -96,20 +96,22 @@ def unpack(packages: list[Path], folder: Path) -> None:
 
 
 def stream_of(pictures: list[Picture], edits: int, seed: int) -> list[EditSample]:
-    """Edit so many pictures, of different things; as many others stay as they are."""
+    """Edit so many pictures, of different things; all others stay as they are."""
     rng, by_thing = random.Random(seed), {}
     for picture in pictures:
         by_thing.setdefault(picture.thing, []).append(picture)
     things = sorted(by_thing)
-    if len(things) < 2 * edits:
-        raise ValueError(f"{edits} edits need {2 * edits} things held out, there are {len(things)}")
-    chosen, samples = rng.sample(things, 2 * edits), []
-    for edited, left in zip(chosen[:edits], chosen[edits:], strict=True):
+    if len(things) <= edits:
+        raise ValueError(f"{edits} edits need more things held out than {len(things)}")
+    chosen, samples = rng.sample(things, edits), []
+    rest = sorted(set(things) - set(chosen))
+    for edited in chosen:
+        left = rng.choice(rest)
         own = rng.sample(by_thing[edited], len(by_thing[edited]))
         picture, target = own[0].file, open_target(rng, held_out=True)
         prompt, fact = rng.choice(PHRASINGS[THING][:-HELD_OUT]), (edited, THING)
         rephrased = rng.choice(PHRASINGS[THING][-HELD_OUT:])
-        asked = rng.choice((PHRASINGS[rng.choice(FAMILIES)], OTHER_QUESTIONS))
+        asked = rng.choice((PHRASINGS["color"], PHRASINGS["background"], OTHER_QUESTIONS))
         view, other = View(picture, rng.randrange(2**31)), rng.choice(by_thing[left]).file
         queries = {
             "reliability": Query(picture, prompt, target, fact),
@@ -143,7 +145,7 @@ def lookup(model, processor, samples: list[EditSample], query: str) -> float | N
     edited = looks([sample.edit.image for sample in samples])
     seen = looks([samples[i].queries[query].image for i in asked])
     edited, seen = (F.normalize((x - edited.mean(0)) / edited.std(0)) for x in (edited, seen))
-    return percent((seen @ edited.T).argmax(1) == torch.tensor(asked))
+    return percent(((seen @ edited.T).argmax(1) == torch.tensor(asked)).tolist())
 
 
 def main() -> None:
