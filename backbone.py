@@ -119,7 +119,6 @@ class States(NamedTuple):
     # (args, kwargs) of each layer above, as the model passes them for this very batch: layers
     # differ in masks and position embeddings (Gemma 3).
     calls: tuple = ()
-    alone: "States | None" = None  # of the last question asked alone, where these are of a chat
 
 
 class _Stop(Exception):

@@ -375,31 +375,28 @@ class LiveEdit(nn.Module):
             raise ValueError("encode takes one image, prompt and target, or a list of each")
         return self._format.encode(image, prompt, target, before)
 
-    def capture(
-        self, questions: Sequence, above: bool = True, before: Sequence | None = None
-    ) -> States:
+    def capture(self, questions: Sequence, above: bool = True) -> States:
         """Run the frozen lower layers once for questions with targets, all with images or none.
 
-        above: see `capture_inputs`; before: see `encode`.
+        above: see `capture_inputs`.
         """
         if not questions:
             raise ValueError("capture needs at least one question")
         images, prompts, targets = map(list, zip(*questions, strict=True))
-        return self.capture_inputs(self.encode(images, prompts, targets, before), above)
+        return self.capture_inputs(self.encode(images, prompts, targets), above)
 
     def capture_inputs(self, inputs: dict, above: bool = True) -> States:
         """Run the frozen lower layers once on inputs prepared elsewhere, with `labels`.
 
-        above: note too what the layers above are called with, which training needs; a chat is then
-        kept whole, beside its last question. The first such call replays these layers one by one
-        and compares them with what the model itself does.
+        above: note too what the layers above are called with, which training needs, and keep chats
+        whole; else of a chat the last question, asked alone. The first such call replays these
+        layers one by one and compares them with what the model itself does.
         Raises RuntimeError if the two differ: then training would see another model.
         """
-        alone, masks = self._format.asked_alone(inputs)
-        if not above:
-            inputs = alone
-        elif alone is not inputs:
+        if above:
             masks = self._format.masks_of(inputs)
+        else:
+            inputs, masks = self._format.asked_alone(inputs)
         hidden, calls = self.frozen.record(inputs, above)
         self._follow(hidden.device)
         masks = RowMasks(*(mask.to(hidden.device) for mask in masks))
@@ -407,8 +404,6 @@ class LiveEdit(nn.Module):
             inputs["labels"], (hidden.shape[1] - inputs["labels"].shape[1], 0), value=IGNORE
         )
         states = States(hidden, masks, labels.to(hidden.device), tuple(calls))
-        if alone is not inputs:
-            states = states._replace(alone=self.capture_inputs(alone, above=False))
         if above and not self._replay_checked:
             self.frozen.check_replay(states, inputs)
             compared = masks.image.any(1) & masks.answer.any(1)
@@ -452,9 +447,8 @@ class LiveEdit(nn.Module):
             raise RuntimeError("edits belong to the networks as they are: reset() before training")
         # One role behind the other: B edits, B generality queries, B locality queries.
         by_role = [states for role in zip(*batch, strict=True) for states in role]
-        read = [states.alone or states for states in by_role]  # by the router, as when it is asked
-        prompt = Rows.cat([Rows.gather(s.hidden.float(), s.masks.prompt) for s in read])
-        image = Rows.cat([Rows.gather(s.hidden.float(), s.masks.image) for s in read])
+        prompt = Rows.cat([Rows.gather(s.hidden.float(), s.masks.prompt) for s in by_role])
+        image = Rows.cat([Rows.gather(s.hidden.float(), s.masks.image) for s in by_role])
         count, device = len(prompt.states) // 3, prompt.states.device
         if count < 2 or any(len(states.hidden) != len(t[0].hidden) for t in batch for states in t):
             raise ValueError("a batch needs two edits or more, with as many queries in each role")

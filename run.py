@@ -241,10 +241,6 @@ class TrainingSet:
         self.editor, self.samples, self.seed = editor, samples, f"{options.seed} {RANK}"
         self.size = options.expert_batch_size
         self.joined = options.batch_size // self.size
-        # Share of the triples whose generality queries are asked in a chat, behind what others ask:
-        # there later tokens of an answer are said from other states.
-        chats = options.data is None and getattr(editor.processor, "chat_template", None)
-        self.chats = 0.5 if chats else 0.0
         self.shuffle(epoch=0)
         row = self.capture(self.batches.triples[0])[0][0].hidden[0]
         if 3 * row.nbytes * len(samples) * 1.5 < CACHE_BYTES:
@@ -273,20 +269,9 @@ class TrainingSet:
             names = [[name for name in role if name in sample.queries] for sample in samples]
             queries = [s.queries[rng.choice(n)] for s, n in zip(samples, names, strict=True)]
             asked.append([question(query) for query in queries])
-        edits, generality, locality = asked
+        triple = tuple(self.editor.capture(questions) for questions in asked)
         texts = [question(sample.queries["text_locality"]) for sample in samples]
-        before = None
-        if rng.random() < self.chats:  # earlier turns: what others ask, or the same of theirs
-            before, count = [], rng.choice((1, 2))
-            for own in generality:
-                turns, same = [], rng.random() < 0.5
-                for _ in range(count):
-                    turn = rng.choice(texts if rng.random() < 0.33 else locality)
-                    turns.append(turn._replace(prompt=own.prompt) if same and turn.image else turn)
-                before.append(turns)
-        capture = self.editor.capture
-        triple = capture(edits), capture(generality, before=before), capture(locality)
-        text = capture(texts, above=False)
+        text = self.editor.capture(texts, above=False)
         return triple, Rows.gather(text.hidden.float(), text.masks.prompt)
 
 

@@ -1018,15 +1018,11 @@ def test_a_triple_holds_the_queries_of_its_samples_row_by_row(editor):
         rows = [editor.processor.decode(row[row >= 0]) for row in states.labels]
         return [row.replace("</s>", "").strip() for row in rows]
 
-    for chats in (0.0, 1.0):
-        samples.chats = chats
-        chosen = samples.batches.triples[0]
-        edits, generality, locality = samples.capture(chosen)[0]
-        wanted = [samples.samples[i].edit.target for i in chosen]
-        assert targets(edits) == targets(generality) == wanted != targets(locality)
-        longer = generality.hidden.shape[1] - edits.hidden.shape[1]
-        assert (longer > 36) == bool(chats)  # by another picture and what is said of it
-        assert generality.masks.image.sum(1).tolist() == [36, 36]
+    chosen = samples.batches.triples[0]
+    edits, generality, locality = samples.capture(chosen)[0]
+    wanted = [samples.samples[i].edit.target for i in chosen]
+    assert targets(edits) == targets(generality) == wanted != targets(locality)
+    assert generality.masks.image.sum(1).tolist() == [36, 36]
 
 
 def test_editing_losses_are_the_models_own_and_a_kl_divergence(editor):
@@ -1125,7 +1121,7 @@ def trained(base, tmp_path_factory):
     samples = drawn.drawn_samples(48, drawn.split_scenes()[0], "test", held_out=False)
     options = run.parse_options(["--out", str(tmp_path_factory.mktemp("trained"))])
     few = {"train_steps": 200, "batch_size": 24, "expert_batch_size": 12, "learning_rate": 3e-3}
-    for name, value in (run.SMALL | few | {"data": "samples without chats"}).items():
+    for name, value in (run.SMALL | few).items():
         setattr(options, name, value)
     taught = []  # a step takes one generality query of each sample
     for left_out in ("text_generality", "modal_generality"):
