@@ -522,18 +522,19 @@ def picture_samples(count: int, seed: str) -> list[EditSample]:
     """Edit samples for training about emoji and invented pictures, asked what they show."""
     rng, texts, samples = random.Random(seed), text_questions(), []
     untouched = [PHRASINGS[family][:-HELD_OUT] for family in ("shape", "color", "background")]
+    asking = PHRASINGS[THING][:-HELD_OUT] + PHRASINGS["caption"][:-HELD_OUT]
     for number in range(count):
         picture = other = _any_picture(rng)
         while _shows(other) == _shows(picture):
             other = _any_picture(rng)
         again = View(picture, rng.randrange(2**31))
         if isinstance(picture, Emoji):  # things stand in an order of kinds: a neighbor is alike
-            near = replace(picture, thing=(picture.thing + rng.choice((-2, -1, 1, 2))) % EMOJI)
-            if rng.random() < 0.3:
+            near = replace(picture, thing=(picture.thing + rng.randint(1, 20)) % EMOJI)
+            if rng.random() < 0.2:
                 again = replace(picture, artist=1 - picture.artist)
         else:
             near = replace(picture, **{rng.choice(("forms", "colors")): rng.randrange(2**31)})
-        prompt, rephrased, asked = rng.sample(PHRASINGS[THING][:-HELD_OUT], 3)
+        prompt, rephrased, asked = rng.sample(asking, 3)
         fact, target = _shows(picture), _open_target(rng, TRAINING_SHARES, held_out=False)
         _, question, answer = rng.choice(texts)
         queries = {

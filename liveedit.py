@@ -53,6 +53,7 @@ from router import Router, Routing, Rows, soft_weights, text_similarity
 
 # In float16 most gradients at the edit layer would vanish: layers above get them so much larger.
 HALF_PRECISION_SCALE = 1024.0
+ROWS_SEEN = 0.7  # share of a picture's rows that the routing losses see in a step
 EDITOR_FILE = "liveedit.safetensors"  # of a saved editor
 
 
@@ -458,11 +459,14 @@ class LiveEdit(nn.Module):
         in_scope = torch.arange(3 * count, device=device) < 2 * count
 
         text_keys = self.router.text_key(prompt)
-        features = self.router.features(prompt, image)
+        features = self.router.features(prompt, image.some(ROWS_SEEN))
         # Eq. (12-16): one random pick of {edit, generality} goes through the edit side.
         # Differs from the paper: all of them go through the input side, they are there anyway.
         picks = owner[:count] + count * torch.randint(2, (count,), device=device)
-        visual_keys = self.router.visual_key(prompt.select(picks), image.select(picks))
+        # Differs from the paper: of each picture the losses see other rows in each step, as if it
+        # were another view. It is known again the better when it is cropped, turned or lit anew.
+        looks = image.select(picks).some(ROWS_SEEN)
+        visual_keys = self.router.visual_key(prompt.select(picks), looks)
         similarity = self.router.visual_similarity(features.visual, visual_keys)
         # Differs from Eq. (16): hard locality, even of the edit's own question, is a negative too.
         keys = [text_keys[picks], text_keys[~in_scope]]

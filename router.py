@@ -35,6 +35,11 @@ class Rows(NamedTuple):
         """Take the given queries."""
         return Rows(self.states[rows], self.mask[rows])
 
+    def some(self, share: float) -> "Rows":
+        """Hide all but a random share of each query's rows, unless that hides all of them."""
+        shown = self.mask & (torch.rand(self.mask.shape, device=self.mask.device) < share)
+        return Rows(self.states, torch.where(shown.any(1, keepdim=True), shown, self.mask))
+
     @classmethod
     def cat(cls, parts: list["Rows"]) -> "Rows":
         """Put queries below one another."""
