@@ -381,7 +381,7 @@ def _word(rng: random.Random, held_out: bool) -> str:
 # --------------------------------------------------------------------------- the drawn benchmark
 
 EVAL_SHARE = 0.4  # of the scenes; the rest is for the editor's training
-PICTURES_SHARE = 0.4  # of the training samples are of no drawn scene
+PICTURES_SHARE = 0.5  # of the training samples are of no drawn scene
 
 
 def _neighbors(scene: Scene) -> list[Scene]:
