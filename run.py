@@ -53,7 +53,7 @@ PAPER = {
     "learning_rate": 1e-4,
 }  # fmt: skip
 SMALL = {
-    "train_steps": 1000, "train_samples": 20_000, "batch_size": 256, "expert_batch_size": 32,
+    "train_steps": 1000, "train_samples": 14_000, "batch_size": 256, "expert_batch_size": 32,
     "learning_rate": 1.5e-3,  # at twice this rate gates die: first tokens are edited no more
 }  # fmt: skip
 SMALL_WIDTH = 1024
