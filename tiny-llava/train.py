@@ -663,8 +663,11 @@ training has seen. One word in ten of `words.txt` is held out from tokenizer and
 |---|---|---|
 {rows}
 
-License: MIT, like the project; `words.txt` has its own (see its head). Pictures of the training:
-Noto Emoji (Apache-2.0), Twemoji (CC-BY 4.0), Tux Paint's stamps (GPL-2); none of them is in here.
+License: MIT, like the project; `words.txt` has its own (see its head). `emoji.webp` holds emoji of
+the training, 894 things by two artists: Noto Emoji (Google, Apache-2.0) and Twemoji (Twitter and
+contributors, CC-BY 4.0), laid on white and compressed; `assets/guitar.png` is of Noto Emoji, too,
+and held out from all training. The eyes also learned on Tux Paint's stamps (GPL-2), which are not
+in here.
 """
 
 
