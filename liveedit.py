@@ -77,10 +77,8 @@ class LiveEditConfig:
         sizes = (self.module_dim, self.rank, self.slots, self.heads, self.sentinel_tokens)
         if not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"module_dim, rank, slots, heads, sentinel_tokens: integers in {self}")
-        if self.similarity not in ("cosine", "dot") or self.prompt_style not in (
-            "chat",
-            "official",
-        ):
+        kinds, styles = ("cosine", "dot"), ("chat", "official")
+        if self.similarity not in kinds or self.prompt_style not in styles:
             raise ValueError(f"similarity is cosine or dot, prompt_style chat or official: {self}")
         if self.threshold is not None and not -1e30 < self.threshold < 1e30 or not self.gain > 0:
             raise ValueError(f"threshold must be None or a number, gain more than 0: {self}")
@@ -401,9 +399,8 @@ class LiveEdit(nn.Module):
         hidden, calls = self.frozen.record(inputs, above)
         self._follow(hidden.device)
         masks = RowMasks(*(mask.to(hidden.device) for mask in masks))
-        labels = F.pad(
-            inputs["labels"], (hidden.shape[1] - inputs["labels"].shape[1], 0), value=IGNORE
-        )
+        missing = hidden.shape[1] - inputs["labels"].shape[1]
+        labels = F.pad(inputs["labels"], (missing, 0), value=IGNORE)
         states = States(hidden, masks, labels.to(hidden.device), tuple(calls))
         if above and not self._replay_checked:
             self.frozen.check_replay(states, inputs)
