@@ -269,15 +269,17 @@ def _lacking(record) -> list[str]:
     """The fields that hold no text."""
     if not isinstance(record, dict):
         return ["all fields"]
-    port = _portability(record)
-    found, wanted = record | port, [*FIELDS, "port_q", "port_a"] if port else FIELDS
+    found = record | _portability(record)
+    wanted = [*FIELDS, *(("port_q", "port_a") if record.get("port_new") else ())]
     texts = {name: value for name, value in found.items() if isinstance(value, str)}
     return [name for name in wanted if not without_picture(texts.get(name, ""))]
 
 
 def _portability(record: dict) -> dict:
     """VLKEB's one-hop question: the field is a list of one record."""
-    return (record.get("port_new") or [{}])[0]
+    port = record.get("port_new")
+    port = port[0] if isinstance(port, list) and port else port
+    return port if isinstance(port, dict) else {}
 
 
 def without_picture(prompt: str) -> str:

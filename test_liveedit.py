@@ -1689,6 +1689,18 @@ def test_a_folder_of_pictures_is_split_by_thing(tmp_path):
     assert not things & others and len(others) == 10 and "kite" in things | others
 
 
+def test_pictures_of_a_visitor_are_edited(tmp_path):
+    for i, name in enumerate(("cat", "dog", "kite", "tree", "boat", "lamp")):
+        picture(i).save(tmp_path / f"{name}.png")
+    options = ["--editor", str(TINY / "editor"), "--edits", "1", "--asked", "1"]
+    options += ["--out", str(tmp_path / "pictures.json")]
+    ended = python("benchmarks/pictures.py", str(tmp_path), *options)
+    assert ended.returncode == 0, ended.stderr
+    assert "| 1 edits | 100.0 |" in ended.stdout and "other artist" not in ended.stdout
+    ended = python("benchmarks/pictures.py", str(tmp_path / "nowhere"), *options)
+    assert ended.returncode == 1 and "has no pictures" in ended.stderr
+
+
 def test_steps_contradict_nowhere_and_use_all_samples():
     samples, first = drawn.drawn_training(2500, 0), set()
     batches = data.Batches(samples, 16, 2, "seed")
@@ -1755,6 +1767,7 @@ MALFORMED = [
     ([RECORD, 5], "record 1 lacks all fields"),
     ([RECORD | {"alt": ""}], "record 0 lacks alt"),
     ([RECORD | {"port_new": [{"port_q": "?"}]}], "record 0 lacks port_a"),
+    ([RECORD | {"port_new": "?"}], "record 0 lacks port_q"),
     ([RECORD | {"image": "no.png"}], r"missing pictures.*\(1\).*no.png"),
     ([RECORD | {"m_loc": "bad.png"}], r"decoded \(1\).*bad.png"),
     ([RECORD, RECORD | {"src": "a <image> b"}], r"eval.json, record 1: .*holds the image token"),

@@ -81,8 +81,9 @@ def main() -> None:
     model, processor = load_model("tiny-llava", "cpu", "auto")
     try:
         editor = LiveEdit.from_pretrained(model, processor, given.editor)
-        for word in given.words[1:] if given.image else given.words:
-            labels = editor.encode(None, "?", word)["labels"]  # raises if it cannot be an answer
+        asked, words = (given.words[0], given.words[1:]) if given.image else ("?", given.words)
+        for word in words:
+            labels = editor.encode(None, asked, word)["labels"]  # raises if it cannot be an answer
             tokens = int((labels != IGNORE).sum())
             if tokens > editor.config.rank:
                 most = f"an expert of this editor writes {editor.config.rank}"

@@ -159,10 +159,12 @@ def main() -> None:
     if given.table:
         print(markdown(json.loads(given.table.read_text())))
         return
-    if given.unpack:
-        unpack(given.unpack, given.folder)
-        return
+    if given.folder is None:
+        parser.error("name a folder of pictures")
     try:
+        if given.unpack:
+            unpack(given.unpack, given.folder)
+            return
         _, pictures = read_folder(given.folder)
         streams = {}
         for count in given.edits:
@@ -183,7 +185,7 @@ def main() -> None:
         row = {"n": count * len(parts)}
         for query in ("modal_generality", "artist"):
             found = [lookup(editor.model, editor.processor, part, query) for part in parts]
-            row[f"{query}, lookup"] = sum(found) / len(found)
+            row[f"{query}, lookup"] = None if None in found else sum(found) / len(found)
         for query in COLUMNS:
             asked = [result for result in judged if result["query"] == query]
             row[query] = percent(result["free_running"] for result in asked)
@@ -196,13 +198,16 @@ def main() -> None:
 
 def markdown(results: dict) -> str:
     """Print free-running figures, and how often a question found the edit that is meant."""
+    nearest = {"modal_generality, lookup": "view", "artist, lookup": "other artist"}
     found = {f"{query} finds its edit": title for query, title in COLUMNS.items()}
     others = {f"{query} uses others": title for query, title in COLUMNS.items()}
-    tables = [table("free-running", COLUMNS, results["rows"])]
-    nearest = {"modal_generality, lookup": "view", "artist, lookup": "other artist"}
-    tables.append(table("nearest by the eyes", nearest, results["rows"]))
-    tables.append(table("uses its edit", found, results["rows"]))
-    tables.append(table("uses another edit", others, results["rows"]))
+    titles = ("free-running", "nearest by the eyes", "uses its edit", "uses another edit")
+    rows, tables = results["rows"], []
+    for title, columns in zip(titles, (COLUMNS, nearest, found, others), strict=True):
+        # A folder may have one picture only of each thing.
+        lacking = {key for row in rows.values() for key in columns if row[key] is None}
+        known = {key: name for key, name in columns.items() if key not in lacking}
+        tables.append(table(title, known, rows))
     return "\n\n".join(tables)
 
 
