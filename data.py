@@ -38,9 +38,15 @@ class ImageFile:
     path: Path
 
     def open(self) -> Image.Image:
-        """Read the picture as it is: what is transparent or gray is the processor's matter."""
-        with Image.open(self.path) as image:
-            return image.copy()
+        """Read the picture as it is: what is transparent or gray is the processor's matter.
+
+        Raises OSError that names the file if it is none, or cannot be read.
+        """
+        try:
+            with Image.open(self.path) as image:
+                return image.copy()
+        except Exception as error:  # PIL's readers raise all kinds
+            raise OSError(f"the picture {self.path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -295,7 +301,7 @@ def check_pictures(samples: list[EditSample]) -> int:
     for path in paths:
         try:
             ImageFile(path).open()
-        except Exception:  # PIL's readers raise all kinds
+        except OSError:
             broken.append(str(path))
     complain("missing pictures, or such as cannot be decoded", broken)
     return len(paths)

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -46,6 +47,8 @@ from backbone import IGNORE
 from benchmarks.pictures import Picture, read_folder
 from drawn import (
     COLORS,
+    EMOJI_COLUMNS,
+    EMOJI_SIDE,
     FAMILIES,
     HELD_OUT_WORDS,
     OPPOSITES,
@@ -287,6 +290,25 @@ def names_of(pictures: list[Picture]) -> list[str | None]:
     held_out = set(HELD_OUT_WORDS)
     names = [picture.name or "" for picture in pictures]
     return [None if not name or held_out & set(name.split()) else name for name in names]
+
+
+def draw_sheet(pictures: list[Picture], file: Path) -> None:
+    """Draw the emoji that ship for training, as `drawn.Emoji` cuts them out again.
+
+    By file name, things in rows: one artist's on the left, the other's on the right.
+    """
+    by_file: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        by_file.setdefault(picture.file.path.name, []).append(picture)
+    both = [by_file[name] for name in sorted(by_file) if len(by_file[name]) == 2]
+    rows = math.ceil(len(both) / EMOJI_COLUMNS)
+    sheet = Image.new("RGB", (2 * EMOJI_COLUMNS * EMOJI_SIDE, rows * EMOJI_SIDE), "white")
+    for thing, drawings in enumerate(both):
+        for artist, picture in enumerate(drawings):
+            column = artist * EMOJI_COLUMNS + thing % EMOJI_COLUMNS
+            place = (column * EMOJI_SIDE, thing // EMOJI_COLUMNS * EMOJI_SIDE)
+            sheet.paste(on_white(picture.file.open()), place)
+    sheet.save(file, quality=80, method=6)
 
 
 def normalised(pixels: Tensor) -> Tensor:
@@ -693,8 +715,11 @@ def main() -> None:
             ctypes.CDLL(None).mallopt(parameter, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     start, rng = time.time(), random.Random(args.seed)
     torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
     files = read_folder(args.pictures)[0] if args.pictures else []
     called = names_of(files)
+    if files:
+        draw_sheet(files, args.out / "emoji.webp")
     processor = build_processor([name for name in called if name])
     model = build_model(processor.tokenizer)
     scenes = rng.sample(SCENES, len(SCENES))
