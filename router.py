@@ -98,6 +98,7 @@ class FeatureExtractor(nn.Module):
 class Features(NamedTuple):
     """Input-side features of B queries, each (B, K, M)."""
 
+    asked: Tensor  # of the image: the inner attention of Eq. (3)
     visual: Tensor  # phi_bar
     sentinel: Tensor  # phi_bar of Theta
     text: Tensor  # psi_bar
@@ -146,7 +147,7 @@ class Router(nn.Module):
         visual = self.input_side.visual(asked, image)
         sentinel = self.input_side.visual(asked, Rows(self.sentinel, None))
         text = self.input_side.text(prompt)
-        return Features(self._unit(visual), self._unit(sentinel), text)
+        return Features(self._unit(asked), self._unit(visual), self._unit(sentinel), text)
 
     def _unit(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=-1) if self.cosine else features
@@ -160,9 +161,13 @@ class Router(nn.Module):
         return visual.flatten(1) @ keys.flatten(1).T * scale
 
     def sentinel_similarity(self, features: Features) -> Tensor:
-        """Compare each query with the sentinel as its own prompt sees it, (B,)."""
-        products = (features.visual * features.sentinel).sum(-1).mean(-1)
-        return products * self.similarity_scale
+        """Compare each query with the sentinel as its own prompt sees it, (B,).
+
+        Differs from the paper: by the cosine, not what the query sees in its image is compared but
+        what its prompt asks for. How alike an unknown image and the sentinel look is noise.
+        """
+        query = features.asked if self.cosine else features.visual
+        return (query * features.sentinel).sum(-1).mean(-1) * self.similarity_scale
 
     def visual_logits(self, similarity: Tensor) -> Tensor:
         """Turn similarities into logits of the routing losses."""

@@ -241,7 +241,7 @@ def test_the_filter_keeps_what_lies_above_the_sentinel_and_shares_weights_among_
     keys, text_keys = F.normalize(torch.randn(50, 2, 8), dim=-1), torch.randn(50, 2, 8)
     routing = router.route(features, keys, text_keys)
     cosine = F.cosine_similarity(features.visual[:, None], keys[None], dim=-1).mean(-1)
-    sentinel = F.cosine_similarity(features.visual, features.sentinel, dim=-1).mean(-1)
+    sentinel = F.cosine_similarity(features.asked, features.sentinel, dim=-1).mean(-1)
     kept, scores = cosine > sentinel[:, None], text_similarity(features.text, text_keys)
     assert kept.any() and not kept.all()
     weights, expected = torch.zeros(4, 50), torch.zeros(4, 50)

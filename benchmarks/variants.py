@@ -29,6 +29,7 @@ from benchmarks.lengths import LONGEST, by_length
 from data import EditSample
 from drawn import Drawing
 from liveedit import LiveEdit
+from router import Features
 from run import parse_options, prepare, report_row, set_up_process, train
 
 LOSSES = ("reliability", "generality", "locality", "filter", "sigmoid", "softmax")
@@ -77,6 +78,7 @@ class Variant(NamedTuple):
     options: tuple[str, ...] = ()  # of run.py
     loss: str | None = None  # one of LOSSES that is left out
     world: str | None = None  # one of WORLDS that is left out
+    paper_sentinel: bool = False  # see `compare_what_is_seen`
 
 
 def leave_out(editor: LiveEdit, name: str) -> None:
@@ -90,6 +92,15 @@ def leave_out(editor: LiveEdit, name: str) -> None:
     editor.training_losses = training_losses
 
 
+def compare_what_is_seen(editor: LiveEdit) -> None:
+    """Compare with the sentinel what a query sees in its image, as Eq. (5) of the paper does."""
+
+    def sentinel_similarity(features: Features) -> Tensor:
+        return (features.visual * features.sentinel).sum(-1).mean(-1)
+
+    editor.router.sentinel_similarity = sentinel_similarity
+
+
 def measure(arguments: list[str], variant: Variant) -> dict:
     """Train one variant and give its row of the report."""
     with tempfile.TemporaryDirectory() as folder:
@@ -99,6 +110,8 @@ def measure(arguments: list[str], variant: Variant) -> dict:
         count = len(samples) // 2
         if variant.loss:
             leave_out(editor, variant.loss)
+        if variant.paper_sentinel:
+            compare_what_is_seen(editor)
         if variant.world:
             left_out = WORLDS[variant.world][0]
             samples = [sample for sample in samples if not left_out(sample)]
@@ -158,6 +171,7 @@ def chosen_variants(given: argparse.Namespace) -> dict[str, Variant]:
     variants |= {f"layer {layer}": Variant(("--layer", str(layer))) for layer in given.layers}
     if given.parts:
         variants["dot products, not cosines"] = Variant(("--similarity", "dot"))
+        variants["sentinel as in the paper"] = Variant(paper_sentinel=True)
         variants |= {f"without the loss {name}": Variant(loss=name) for name in LOSSES}
     if given.transfer:
         variants |= {f"trained without {name}": Variant(world=name) for name in WORLDS}
@@ -168,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="*", default=[])
     parser.add_argument("--layers", type=int, nargs="*", default=[])
-    parser.add_argument("--parts", action="store_true", help="dot products; each loss left out")
+    parser.add_argument("--parts", action="store_true", help="forms of the paper, losses left out")
     parser.add_argument("--transfer", action="store_true", help="parts of the world left out")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "variants.json")
     parser.add_argument("--table", type=Path, help="print the table of these results only")

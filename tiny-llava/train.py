@@ -72,6 +72,7 @@ VISION_HIDDEN, HIDDEN = 192, 128
 VOCABULARY = 10_240
 ADAM_RATE, MUON_RATE = 3e-3, 0.02
 TEMPERATURE = 0.1  # of the contrastive loss
+LIKENESS = 30.0  # weight of the loss that keeps pictures apart behind the projector
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
     "{% for part in message['content'] %}"
@@ -380,30 +381,36 @@ def train_vision(
     drawn: list[Drawing],
     others: list[tuple[Pictures, int]],
     steps: int,
+    alike: int = 1,
+    rate: float = 1.0,
 ) -> None:
     """Train the tower to tell any two pictures apart, and to know a picture in another view.
 
     others: pictures with how many of them a step takes. Of two views of each, or of pictures of
     one thing by two artists, one must find the other among all by the mean of their patch states (a
     contrastive loss); of drawings, which may be turned and mirrored, the mean must name shape,
-    color and background. From a third of the
-    steps on each patch must name them too: a language model finds the facts wherever it looks.
+    color and background. From a third of the steps on each patch must name them too: a language
+    model finds the facts wherever it looks.
+    alike: so many pictures in a row, which are often of one kind, come together: the harder to tell
+    apart. rate: factor of the learning rates.
     """
     tower, naming = model.model.vision_tower, NamingHeads(drawn)
     pooled = torch.nn.Linear(VISION_HIDDEN, 256)
     heads = torch.nn.ModuleDict({"naming": naming, "pooled": pooled})
     params = dict(tower.named_parameters()) | {"heads." + k: v for k, v in heads.named_parameters()}
     optimizers, rates = make_optimizers(params)
+    rates = [rate * usual for usual in rates]
     tower.set_attn_implementation("eager")  # in half precision three times as fast on a CPU
     bar, hits = tqdm(range(steps), desc="vision tower"), torch.zeros(4)
     for step in bar:
-        set_rate(optimizers, rates, step, steps, warmup=150)
+        set_rate(optimizers, rates, step, steps, warmup=150 if alike == 1 else 100)
         rows = torch.randint(len(drawn), (96,))
         named = torch.rot90(normalised(drawings.pixels[rows]), step % 4, (2, 3))
         named = named.flip(3) if step % 8 >= 4 else named
         one, other = [], []
         for pictures, number in others:
-            picked = torch.randint(len(pictures.pixels), (number,))
+            first = torch.randint(len(pictures.pixels), (number // alike, 1))
+            picked = (first + torch.arange(alike)).flatten() % len(pictures.pixels)
             twins = torch.where(torch.rand(number) < 0.3, pictures.twins[picked], picked)
             one.append(pictures.pixels[picked])
             other.append(pictures.pixels[twins])
@@ -411,21 +418,20 @@ def train_vision(
         count = len(seen)
         states = tower_states(tower, torch.cat([seen, named]))
         looks = F.normalize(pooled(states[:count].mean(1)), dim=1)
-        alike = (looks @ looks.T / TEMPERATURE).fill_diagonal_(-torch.inf)
+        near = (looks @ looks.T / TEMPERATURE).fill_diagonal_(-torch.inf)
         twin = torch.arange(count).roll(count // 2)
         loss, right = naming(states[count:].mean(1), rows)
-        loss = loss + F.cross_entropy(alike, twin)
-        if step >= steps // 3:
+        loss = loss + F.cross_entropy(near, twin)
+        if alike > 1 or step >= steps // 3:
             some = states[count:, torch.randperm(states.shape[1])[:6]]
             loss = loss + naming(some.flatten(0, 1), rows.repeat_interleave(6))[0]
         take_step(loss, optimizers, params.values())
-        found = (alike.argmax(1) == twin).float().mean()
+        found = (near.argmax(1) == twin).float().mean()
         hits = torch.lerp(hits, torch.cat([right, found[None]]), 0.02)
         if step % 50 == 49:
             shown = zip(("shape", "color", "background", "twin"), hits.tolist(), strict=True)
             bar.set_postfix_str(" ".join(f"{name} {hit:.3f}" for name, hit in shown))
     tower.set_attn_implementation("sdpa")
-    tower.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -575,6 +581,13 @@ def packed_logits(
     return model.lm_head(states[:, :-1][answer[:, 1:]]), batch["ids"][answer]
 
 
+def likeness(states: Tensor) -> Tensor:
+    """Compare n pictures with each other by the mean of their patch states, (n, n)."""
+    looks = states.mean(1)
+    looks = F.normalize((looks - looks.mean(0)) / looks.std(0), dim=1)
+    return looks @ looks.T
+
+
 def train_language(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
@@ -582,7 +595,7 @@ def train_language(
     steps: int,
     rng: random.Random,
 ) -> None:
-    """Train projector and decoder on packed rows.
+    """Train projector and decoder on packed rows; pictures stay as alike behind the projector.
 
     groups: features of pictures, their names, and how many of them a step takes.
     """
@@ -604,6 +617,10 @@ def train_language(
         with torch.autocast("cpu", torch.bfloat16):
             logits, wanted = packed_logits(model, packer, torch.cat(features), batch)
         loss = F.cross_entropy(logits.float(), wanted)
+        # Answers alone make the projector forget most of what the eyes tell apart.
+        seen = [known[torch.randint(len(called), (64,))].float() for known, called, _ in groups]
+        seen = torch.cat(seen)
+        loss = loss + LIKENESS * F.mse_loss(likeness(projector(seen)), likeness(seen))
         take_step(loss, optimizers, params.values())
         if step % 50 == 49:
             right = (logits.argmax(-1) == wanted).float().mean()
@@ -737,6 +754,8 @@ def main() -> None:
         things = [picture.thing for picture in files]
         others.append((prepare(processor, [p.file for p in files], called, things), 96))
     train_vision(model, drawings, drawn, others, args.vision_steps)
+    train_vision(model, drawings, drawn, others, args.vision_steps // 6, alike=4, rate=0.3)
+    model.model.vision_tower.requires_grad_(False)
     groups = [(drawings, 24), (invented, 4), *((pictures, 8) for pictures, _ in others[2:])]
     groups = [
         (vision_features(model, pictures.pixels), pictures.names, count)
