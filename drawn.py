@@ -385,6 +385,7 @@ def _word(rng: random.Random, held_out: bool) -> str:
 
 EVAL_SHARE = 0.4  # of the scenes; the rest is for the editor's training
 PICTURES_SHARE = 0.4  # of the training samples are of no drawn scene
+NAMING_SHARE = 0.7  # of these are asked what they show
 
 
 def _neighbors(scene: Scene) -> list[Scene]:
@@ -522,11 +523,14 @@ def drawn_stream(edits: int, seed: int) -> list[EditSample]:
 
 
 def picture_samples(count: int, seed: str) -> list[EditSample]:
-    """Edit samples for training about emoji and invented pictures, asked what they show."""
+    """Edit samples for training about emoji and invented pictures, asked mostly what they show."""
     rng, texts, samples = random.Random(seed), text_questions(), []
-    untouched = [PHRASINGS[family][:-HELD_OUT] for family in ("shape", "color", "background")]
-    asking = PHRASINGS[THING][:-HELD_OUT] + PHRASINGS["caption"][:-HELD_OUT]
+    naming = PHRASINGS[THING][:-HELD_OUT] + PHRASINGS["caption"][:-HELD_OUT]
+    others = [PHRASINGS[family][:-HELD_OUT] for family in ("shape", "color", "background")]
     for number in range(count):
+        asking, another = naming, rng.choice((*others, (rng.choice(OTHER_QUESTIONS),)))
+        if rng.random() > NAMING_SHARE:  # any question may be edited, or the filter learns which
+            asking, another = another, asking
         picture = other = _any_picture(rng)
         while _shows(other) == _shows(picture):
             other = _any_picture(rng)
@@ -537,7 +541,7 @@ def picture_samples(count: int, seed: str) -> list[EditSample]:
                 again = replace(picture, artist=1 - picture.artist)
         else:
             near = replace(picture, **{rng.choice(("forms", "colors")): rng.randrange(2**31)})
-        prompt, rephrased, asked = rng.sample(asking, 3)
+        prompt, rephrased, asked = (rng.choice(asking) for _ in range(3))
         fact, target = _shows(picture), _open_target(rng, TRAINING_SHARES, held_out=False)
         _, question, answer = rng.choice(texts)
         queries = {
@@ -546,7 +550,7 @@ def picture_samples(count: int, seed: str) -> list[EditSample]:
             "modal_generality": Query(again, prompt, target, fact),
             "text_locality": Query(None, question, answer, ("text", question)),
             "modal_locality": Query(other, asked, "yes", _shows(other)),
-            "same_image": Query(picture, rng.choice(rng.choice(untouched)), "yes", (seed, number)),
+            "same_image": Query(picture, rng.choice(another), "yes", (seed, number)),
             "similar_image": Query(near, prompt, "yes", _shows(near)),
         }
         samples.append(EditSample("picture", queries))
@@ -589,6 +593,8 @@ def drawn_training(count: int, seed: int) -> list[EditSample]:
         queries = {name: sample.queries[name] for name in names}
         if untouched == "same_image" and rng.random() < 0.5:
             asked, picture = rng.choice(OTHER_QUESTIONS), sample.edit.image
+            while asked == sample.edit.prompt:
+                asked = rng.choice(OTHER_QUESTIONS)
             # Locality compares with the model itself, whose first token needs no target.
             queries[untouched] = Query(picture, asked, "yes", (picture, asked))
         rephrased = sample.queries["text_generality"].prompt
