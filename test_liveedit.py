@@ -1672,6 +1672,9 @@ def test_training_draws_in_many_colors_and_invents_pictures():
         again = sample.queries["modal_generality"]
         assert again.image != sample.edit.image and again.target == sample.edit.target
         assert sample.edit.fact not in sample.untouched_facts()
+        asked_too = sample.queries.get("same_image")
+        assert asked_too is None or asked_too.prompt != sample.edit.prompt
+    assert {sample.edit.prompt for sample in samples} & set(drawn.OTHER_QUESTIONS)
 
 
 def test_a_folder_of_pictures_is_split_by_thing(tmp_path):
