@@ -261,7 +261,7 @@ def read_phrasings() -> dict[str, tuple[str, ...]]:
 
 PHRASINGS = read_phrasings()
 THING = "thing"  # the family of questions that any picture can be asked
-OTHER_QUESTIONS = read_lines("other_questions.txt")
+OTHER_QUESTIONS, MORE_NAMINGS = read_lines("other_questions.txt"), read_lines("namings.txt")
 OPPOSITES = """hot cold, big small, old young, fast slow, up down, left right, open closed,
     day night, happy sad, light dark, early late, full empty"""
 OPPOSITES = tuple(tuple(pair.split()) for pair in OPPOSITES.split(","))
@@ -525,7 +525,7 @@ def drawn_stream(edits: int, seed: int) -> list[EditSample]:
 def picture_samples(count: int, seed: str) -> list[EditSample]:
     """Edit samples for training about emoji and invented pictures, asked mostly what they show."""
     rng, texts, samples = random.Random(seed), text_questions(), []
-    naming = PHRASINGS[THING][:-HELD_OUT] + PHRASINGS["caption"][:-HELD_OUT]
+    naming = [*PHRASINGS[THING][:-HELD_OUT], *PHRASINGS["caption"][:-HELD_OUT], *MORE_NAMINGS]
     others = [PHRASINGS[family][:-HELD_OUT] for family in ("shape", "color", "background")]
     for number in range(count):
         asking, another = naming, rng.choice((*others, (rng.choice(OTHER_QUESTIONS),)))

@@ -8,14 +8,14 @@ FOLDER has sub-folders of pictures; files of one name in several of them show on
 several artists. Its `names.json` says what things are called (`{"things": [{"file", "name"}]}`). A
 third of the things is for evaluation alone: `tiny-llava/train.py` learned to see on the others.
 Edits say that a picture shows something else ("What is this?"), with words that no training has
-seen. Writes pictures.json.
+seen; beside them stand edits of questions that no training has asked. Writes pictures.json.
 """
 
 import json
 import random
 import sys
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,6 +42,12 @@ COLUMNS = {
 }  # fmt: skip
 
 
+# Asked in no training; what else a visitor may come up with.
+VISITORS_QUESTIONS = (
+    "Who is on it?", "Which city is this?", "What should I cook with it?", "When was it taken?",
+    "Whose is that?", "What is its purpose?", "Tell me its brand.", "How many legs does it have?",
+    "Which language is that from?", "Why is it funny?",
+)  # fmt: skip
 NO_THINGS = ("Symbols", "Flags", "Component")  # categories of emoji
 
 
@@ -95,8 +101,13 @@ def unpack(packages: list[Path], folder: Path) -> None:
     (folder / "names.json").write_text(names, encoding="utf-8")
 
 
-def stream_of(pictures: list[Picture], edits: int, seed: int) -> list[EditSample]:
-    """Edit so many pictures, of different things; all others stay as they are."""
+def stream_of(
+    pictures: list[Picture], edits: int, seed: int, visitors: bool = False
+) -> list[EditSample]:
+    """Edit so many pictures, of different things; all others stay as they are.
+
+    visitors: edit VISITORS_QUESTIONS about them, and leave alone what the picture shows.
+    """
     rng, by_thing = random.Random(seed), {}
     for picture in pictures:
         by_thing.setdefault(picture.thing, []).append(picture)
@@ -120,9 +131,15 @@ def stream_of(pictures: list[Picture], edits: int, seed: int) -> list[EditSample
             "same_image": Query(picture, rng.choice(asked), "yes", (edited, "other")),
             "modal_locality": Query(other, prompt, "yes", (left, THING)),
         }
+        if visitors:
+            prompt = rng.choice(VISITORS_QUESTIONS)
+            for name in ("reliability", "modal_generality", "modal_locality"):
+                queries[name] = replace(queries[name], prompt=prompt)
+            shown = replace(queries.pop("text_generality"), target="yes", fact=(edited, "other"))
+            queries["same_image"] = shown
         by_others = [p for p in own[1:] if p.file.path.name == picture.path.name]
         if by_others:
-            queries["artist"] = Query(by_others[0].file, prompt, target, fact)
+            queries["artist"] = replace(queries["reliability"], image=by_others[0].file)
         samples.append(EditSample("picture", queries))
     return samples
 
@@ -169,20 +186,24 @@ def main() -> None:
         streams = {}
         for count in given.edits:
             seeds = range(max(1, given.asked // count))
-            streams[count] = [stream_of(pictures, count, 1000 * given.seed + s) for s in seeds]
+            for visitors in (False, True):
+                title = f"{count} edits" + ", visitors' questions" * visitors
+                streams[title] = [
+                    stream_of(pictures, count, 1000 * given.seed + s, visitors) for s in seeds
+                ]
     except (OSError, ValueError, TypeError) as error:
         sys.exit(f"pictures.py: {error}")
     editor = trained_editor(*load_model(given.model, "cpu", "auto"), given.editor)
     settings = {name: getattr(given, name) for name in ("model", "seed", "asked")}
     results = open_results(given.out, settings) | {"rows": {}}
-    for count, parts in streams.items():
+    for title, parts in streams.items():
         judged, batch_size = [], 64
         for part in parts:
             editor.reset()
             before = ask_before(editor, part, batch_size)
             for sample_results in edit_and_judge(editor, part, before, batch_size):
                 judged += sample_results
-        row = {"n": count * len(parts)}
+        row = {"n": sum(map(len, parts))}
         for query in ("modal_generality", "artist"):
             found = [lookup(editor.model, editor.processor, part, query) for part in parts]
             row[f"{query}, lookup"] = None if None in found else sum(found) / len(found)
@@ -191,7 +212,7 @@ def main() -> None:
             row[query] = percent(result["free_running"] for result in asked)
             row[f"{query} finds its edit"] = percent(result["own_edit"] for result in asked)
             row[f"{query} uses others"] = percent(result["other_edits"] > 0 for result in asked)
-        results["rows"][f"{count} edits"] = row
+        results["rows"][title] = row
         given.out.write_text(json.dumps(results, indent=1))
     print(markdown(results))
 
@@ -205,9 +226,12 @@ def markdown(results: dict) -> str:
     rows, tables = results["rows"], []
     for title, columns in zip(titles, (COLUMNS, nearest, found, others), strict=True):
         # A folder may have one picture only of each thing.
-        lacking = {key for row in rows.values() for key in columns if row[key] is None}
-        known = {key: name for key, name in columns.items() if key not in lacking}
-        tables.append(table(title, known, rows))
+        known = [key for key in columns if any(row[key] is not None for row in rows.values())]
+        shown = {
+            name: {key: "-" if row[key] is None else row[key] for key in known}
+            for name, row in rows.items()
+        }
+        tables.append(table(title, {key: columns[key] for key in known}, shown))
     return "\n\n".join(tables)
 
 

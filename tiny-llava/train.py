@@ -381,8 +381,6 @@ def train_vision(
     drawn: list[Drawing],
     others: list[tuple[Pictures, int]],
     steps: int,
-    alike: int = 1,
-    rate: float = 1.0,
 ) -> None:
     """Train the tower to tell any two pictures apart, and to know a picture in another view.
 
@@ -391,26 +389,22 @@ def train_vision(
     contrastive loss); of drawings, which may be turned and mirrored, the mean must name shape,
     color and background. From a third of the steps on each patch must name them too: a language
     model finds the facts wherever it looks.
-    alike: so many pictures in a row, which are often of one kind, come together: the harder to tell
-    apart. rate: factor of the learning rates.
     """
     tower, naming = model.model.vision_tower, NamingHeads(drawn)
     pooled = torch.nn.Linear(VISION_HIDDEN, 256)
     heads = torch.nn.ModuleDict({"naming": naming, "pooled": pooled})
     params = dict(tower.named_parameters()) | {"heads." + k: v for k, v in heads.named_parameters()}
     optimizers, rates = make_optimizers(params)
-    rates = [rate * usual for usual in rates]
     tower.set_attn_implementation("eager")  # in half precision three times as fast on a CPU
     bar, hits = tqdm(range(steps), desc="vision tower"), torch.zeros(4)
     for step in bar:
-        set_rate(optimizers, rates, step, steps, warmup=150 if alike == 1 else 100)
+        set_rate(optimizers, rates, step, steps, warmup=150)
         rows = torch.randint(len(drawn), (96,))
         named = torch.rot90(normalised(drawings.pixels[rows]), step % 4, (2, 3))
         named = named.flip(3) if step % 8 >= 4 else named
         one, other = [], []
         for pictures, number in others:
-            first = torch.randint(len(pictures.pixels), (number // alike, 1))
-            picked = (first + torch.arange(alike)).flatten() % len(pictures.pixels)
+            picked = torch.randint(len(pictures.pixels), (number,))
             twins = torch.where(torch.rand(number) < 0.3, pictures.twins[picked], picked)
             one.append(pictures.pixels[picked])
             other.append(pictures.pixels[twins])
@@ -418,20 +412,21 @@ def train_vision(
         count = len(seen)
         states = tower_states(tower, torch.cat([seen, named]))
         looks = F.normalize(pooled(states[:count].mean(1)), dim=1)
-        near = (looks @ looks.T / TEMPERATURE).fill_diagonal_(-torch.inf)
+        alike = (looks @ looks.T / TEMPERATURE).fill_diagonal_(-torch.inf)
         twin = torch.arange(count).roll(count // 2)
         loss, right = naming(states[count:].mean(1), rows)
-        loss = loss + F.cross_entropy(near, twin)
-        if alike > 1 or step >= steps // 3:
+        loss = loss + F.cross_entropy(alike, twin)
+        if step >= steps // 3:
             some = states[count:, torch.randperm(states.shape[1])[:6]]
             loss = loss + naming(some.flatten(0, 1), rows.repeat_interleave(6))[0]
         take_step(loss, optimizers, params.values())
-        found = (near.argmax(1) == twin).float().mean()
+        found = (alike.argmax(1) == twin).float().mean()
         hits = torch.lerp(hits, torch.cat([right, found[None]]), 0.02)
         if step % 50 == 49:
             shown = zip(("shape", "color", "background", "twin"), hits.tolist(), strict=True)
             bar.set_postfix_str(" ".join(f"{name} {hit:.3f}" for name, hit in shown))
     tower.set_attn_implementation("sdpa")
+    tower.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -754,8 +749,6 @@ def main() -> None:
         things = [picture.thing for picture in files]
         others.append((prepare(processor, [p.file for p in files], called, things), 96))
     train_vision(model, drawings, drawn, others, args.vision_steps)
-    train_vision(model, drawings, drawn, others, args.vision_steps // 6, alike=4, rate=0.3)
-    model.model.vision_tower.requires_grad_(False)
     groups = [(drawings, 24), (invented, 4), *((pictures, 8) for pictures, _ in others[2:])]
     groups = [
         (vision_features(model, pictures.pixels), pictures.names, count)
