@@ -38,11 +38,12 @@ def real_sample(image: ImageFile, prompt: str, word: str, seed: int) -> EditSamp
     asked = "What color is the background?"
     queries = {
         "reliability": Query(image, prompt, word, fact),
-        "text_generality": Query(image, PHRASINGS[THING][-1], word, fact),
         "modal_generality": Query(View(image, seed), prompt, word, fact),
         "same_image": Query(image, asked, "yes", (*fact, asked)),
         "modal_locality": Query(other, prompt, "yes", (other, prompt)),
     }
+    if prompt in PHRASINGS[THING]:  # of other questions no other words are known
+        queries["text_generality"] = Query(image, PHRASINGS[THING][-1], word, fact)
     return EditSample("demo", queries)
 
 
