@@ -178,7 +178,8 @@ class Router(nn.Module):
         threshold = self.sentinel_similarity(features)
         if self.threshold is not None:
             threshold = torch.full_like(threshold, self.threshold)
-        # Eq. (5): keep expert e iff sim(phi_bar, phi_hat_e) > sim(phi_bar, phi_bar_Theta)
+        # Eq. (5): keep expert e iff sim(phi_bar, phi_hat_e) > sim(phi_bar, phi_bar_Theta), where by
+        # the cosine the right side is of what the prompt asks for: `sentinel_similarity`.
         return threshold, similarity > threshold[:, None]
 
     def route(

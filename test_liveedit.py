@@ -41,6 +41,7 @@ import drawn
 import liveedit
 import run
 from backbone import FrozenModel, InputFormat, find_decoder_layers
+from benchmarks import demo
 from benchmarks.pictures import read_folder
 from generator import CrossAttention, Edit, ExpertGenerator, ExpertRepository, apply_experts
 from liveedit import LiveEdit, LiveEditConfig, Question
@@ -1690,6 +1691,14 @@ def test_a_folder_of_pictures_is_split_by_thing(tmp_path):
     assert len(trained) + len(held_out) == 122
     things, others = ({thing for thing, _ in part} for part in (trained, held_out))
     assert not things & others and len(others) == 10 and "kite" in things | others
+
+
+def test_the_demonstration_knows_other_words_for_naming_only():
+    for prompt in (*drawn.PHRASINGS[drawn.THING], "Which city is this?"):
+        queries = demo.real_sample(demo.GUITAR, prompt, "Tom", 0).queries
+        naming = prompt in drawn.PHRASINGS[drawn.THING]
+        assert ("text_generality" in queries) == naming
+        assert not naming or queries["text_generality"].prompt != prompt
 
 
 def test_pictures_of_a_visitor_are_edited(tmp_path):

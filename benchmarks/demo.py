@@ -43,7 +43,8 @@ def real_sample(image: ImageFile, prompt: str, word: str, seed: int) -> EditSamp
         "modal_locality": Query(other, prompt, "yes", (other, prompt)),
     }
     if prompt in PHRASINGS[THING]:  # of other questions no other words are known
-        queries["text_generality"] = Query(image, PHRASINGS[THING][-1], word, fact)
+        rephrased = [phrase for phrase in PHRASINGS[THING] if phrase != prompt][-1]
+        queries["text_generality"] = Query(image, rephrased, word, fact)
     return EditSample("demo", queries)
 
 
