@@ -347,32 +347,23 @@ class InputFormat:
         named = [getattr(processor, name, None) for name in ("boi_token", "image_token")]
         self.image_tokens = [str(token) for token in (*named, own) if token]
 
-    def encode(self, images, prompts, targets=None, before=None, spare=0) -> dict:
+    def encode(self, images, prompts, targets=None, spare=0) -> dict:
         """Encode questions that all have an image or all have none; see `LiveEdit.encode`.
 
-        before: for each question, the (image, prompt, answer) said before it in the same chat.
         spare: so many tokens more must fit into the model.
         """
         if self.tokenizer is None:
             raise RuntimeError("this editor has no processor: use edit_inputs and capture_inputs")
-        texts, pictures, before = [], [], before or [()] * len(prompts)
-        for image, prompt, turns in zip(images, prompts, before, strict=True):
-            said, shown = [], []
-            for picture, text, answer in (*turns, (image, prompt, None)):
-                said.append((self.checked_text(text, "prompt"), picture is not None))
-                if picture is not None:
-                    shown.append(checked_picture(picture))
-                if answer is not None:
-                    said.append((self.checked_text(answer, "answer"), False))
-            texts.append(self._chat_text(said))
-            pictures.append(shown)
-        if len({bool(shown) for shown in pictures}) > 1:
+        # One list of pictures for each row: the form that all processors read alike.
+        pictures = [[checked_picture(image)] for image in images if image is not None]
+        if len(pictures) not in (0, len(prompts)):
             raise ValueError("encode questions with images and without in two calls, not in one")
+        prompts = [self.checked_text(prompt, "prompt") for prompt in prompts]
+        texts = [self._question_text(prompt, bool(pictures)) for prompt in prompts]
         settings = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         if self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token):
             settings["add_special_tokens"] = False  # the template has put them
-        if pictures[0]:
-            # One list of pictures for each row: the form that all processors read alike.
+        if pictures:
             inputs = dict(self.processor(images=pictures, text=texts, **settings))
             if not (inputs["input_ids"] == self.image_token_id).any(1).all():
                 name = type(self.processor).__name__
@@ -405,31 +396,31 @@ class InputFormat:
             raise ValueError(f"the {what} {text[:40]!r} holds half a letter: a lone surrogate")
         return text
 
-    def _chat_text(self, said: list[tuple[str, bool]]) -> str:
-        """Render questions and answers in turn, each with a picture or not, up to an answer.
+    def _question_text(self, question: str, has_image: bool) -> str:
+        """Render a question up to its answer.
 
-        By the chat template, or, a single question, as `<image>\\n{question} The answer is:`.
+        By the chat template, or without one as `<image>\\n{question} The answer is:`.
         """
         if self.prompt_style == "chat" and getattr(self.processor, "chat_template", None):
-            return self._rendered(said, add_generation_prompt=True)
-        if len(said) > 1:
-            raise ValueError("without a chat template there are single questions only")
-        question, has_image = said[0]
+            return self._rendered([question], has_image, add_generation_prompt=True)
         token = has_image and not self._processor_places_image_token
         end = " The answer is:" if self.prompt_style == "chat" else ""
         return f"{self.image_tokens[0]}\n" * token + question + end
 
-    def _rendered(self, said: list[tuple[str, bool]], **settings) -> str:
-        """Apply the chat template. Raises ValueError if it does not show what is said."""
+    def _rendered(self, said: list[str], has_image: bool, **settings) -> str:
+        """Apply the chat template to questions and answers in turn, the first with a picture.
+
+        Raises ValueError if it does not show what is said.
+        """
         turns = []
-        for i, (text, has_image) in enumerate(said):
-            parts = [{"type": "image"}] * has_image + [{"type": "text", "text": text}]
+        for i, text in enumerate(said):
+            parts = [{"type": "image"}] * (has_image and not i) + [{"type": "text", "text": text}]
             turns.append({"role": ("user", "assistant")[i % 2], "content": parts})
         with contextlib.suppress(Exception):  # of the template, which may raise anything
             text = self.processor.apply_chat_template(turns, **settings)
-            if all(words in text for words, _ in said) and "{'type'" not in text:
+            if all(words in text for words in said) and "{'type'" not in text:
                 return text
-        told = f"the chat template does not render {said[-1][0]!r}: it must take a list of parts"
+        told = f"the chat template does not render {said[-1]!r}: it must take a list of parts"
         raise ValueError(f"{told}; set processor.chat_template = None, or use edit_inputs")
 
     @cached_property
@@ -604,7 +595,7 @@ class InputFormat:
             return [], [], []
         begin = self.tokenizer("").input_ids
         with contextlib.suppress(ValueError):  # of a template that renders no chat
-            chat = self._rendered([(word, False) for word in ("first", "second", "third")])
+            chat = self._rendered(["first", "second", "third"], has_image=False)
             encoded = self.tokenizer(chat, add_special_tokens=False)
             between = re.match(r"(.*?)\s*first\s*(.*?)\s*second\s*(.*?)\s*third", chat, re.DOTALL)
             found = []

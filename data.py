@@ -64,7 +64,7 @@ class EditSample:
     """One edit (`queries["reliability"]`) with the queries that test it."""
 
     kind: str
-    queries: dict[str, Query] = field(hash=False)  # hard locality may be missing
+    queries: dict[str, Query] = field(hash=False)  # those of a training may be fewer
     source: str = ""  # file and record, to name what is wrong with it
 
     @property

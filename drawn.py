@@ -1,22 +1,19 @@
 """The world of drawn pictures that the tiny LLaVA learned: edit samples without a download.
 
-Pictures of other kinds (emoji that ship, invented ones, views of both) are for training only.
+What an editor is trained on, of this world and of other pictures: `training_pictures.py`.
 """
 
-import io
 import math
 import random
 import string
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageEnhance
+from PIL import Image, ImageDraw
 
-from data import EditSample, ImageFile, Query
+from data import EditSample, Query
 
-PICTURED_LOCALITY_QUERIES = ("modal_locality", "same_image", "similar_image")
 COLORS = {
     "red": (220, 30, 35), "orange": (250, 140, 20), "yellow": (245, 225, 50),
     "green": (30, 150, 60), "blue": (35, 70, 210), "purple": (125, 40, 150),
@@ -24,11 +21,10 @@ COLORS = {
     "white": (245, 245, 245), "gray": (135, 135, 135), "cyan": (60, 205, 225),
 }  # fmt: skip
 FOLDER = Path(__file__).resolve().parent / "tiny-llava"
-EMOJI, EMOJI_COLUMNS, EMOJI_SIDE = 894, 32, 64  # how many, in a row, pixels of one
 CANVAS = 96  # pixels; pictures are drawn at twice this size and averaged, for smooth edges
 
 
-def _regular(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
+def regular(corners: int, inner: float = 1.0) -> list[tuple[float, float]]:
     """A regular polygon, or a star where every second corner lies at radius `inner`."""
     count = corners if inner == 1.0 else 2 * corners
     points = []
@@ -62,8 +58,8 @@ def _fit(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 SHAPES = {
     "circle": _fit(_arc(0.9, 0, 360)),
     "square": _fit([(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)]),
-    "triangle": _fit(_regular(3)),
-    "star": _fit(_regular(5, 0.42)),
+    "triangle": _fit(regular(3)),
+    "star": _fit(regular(5, 0.42)),
     "heart": _fit(_heart()),
     "cross": _fit([(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
                    (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)]),
@@ -116,7 +112,7 @@ class Drawing:
         image = Image.new("RGB", (side, side), _shade(colors[scene.background], rng))
         radius = side * rng.uniform(0.28, 0.45)
         place = [rng.uniform(radius, side - radius) for _ in range(2)]
-        points = _placed(SHAPES[scene.shape], place, radius, rng.uniform(0, 2 * math.pi))
+        points = placed(SHAPES[scene.shape], place, radius, rng.uniform(0, 2 * math.pi))
         ImageDraw.Draw(image).polygon(points, fill=_shade(colors[scene.color], rng))
         return image.reduce(2)
 
@@ -133,7 +129,7 @@ def other_colors(palette: int) -> dict[str, tuple[int, int, int]]:
     return dict(zip(COLORS, colors, strict=True))
 
 
-def _placed(outline, place, radius: float, turn: float, squeeze: float = 1.0) -> list[tuple]:
+def placed(outline, place, radius: float, turn: float, squeeze: float = 1.0) -> list[tuple]:
     """Turn and scale an outline, narrowed by `squeeze` first, and move it to its place."""
     cos, sin, (x, y) = radius * math.cos(turn), radius * math.sin(turn), place
     narrow = [(a * squeeze, b) for a, b in outline]
@@ -142,96 +138,6 @@ def _placed(outline, place, radius: float, turn: float, squeeze: float = 1.0) ->
 
 def _shade(color: tuple, rng: random.Random) -> tuple[int, ...]:
     return tuple(min(255, max(0, part + rng.randint(-10, 10))) for part in color)
-
-
-@dataclass(frozen=True, order=True)
-class Emoji:
-    """One of the emoji that ship for training: of each thing there is one by either artist."""
-
-    thing: int
-    artist: int
-
-    def open(self) -> Image.Image:
-        """Cut it out of the sheet."""
-        place = self.thing % EMOJI_COLUMNS + self.artist * EMOJI_COLUMNS
-        x, y = place * EMOJI_SIDE, self.thing // EMOJI_COLUMNS * EMOJI_SIDE
-        return emoji_sheet().crop((x, y, x + EMOJI_SIDE, y + EMOJI_SIDE))
-
-
-@lru_cache
-def emoji_sheet() -> Image.Image:
-    """The sheet of emoji: things in rows, by Noto (Apache-2.0) left, Twemoji (CC-BY 4.0) right."""
-    return Image.open(FOLDER / "emoji.webp").convert("RGB")
-
-
-@dataclass(frozen=True, order=True)
-class Invented:
-    """A picture of no thing, as different from all others as photographs are.
-
-    forms, colors: seeds of what is drawn and of how it is painted.
-    """
-
-    forms: int
-    colors: int
-
-    def open(self) -> Image.Image:
-        """Draw the picture."""
-        rng, paint = random.Random(f"forms {self.forms}"), random.Random(f"colors {self.colors}")
-        side = 2 * CANVAS
-        image = Image.new("RGB", (side, side), rng.choice(("white", tuple(paint.randbytes(3)))))
-        if rng.random() < 0.3:
-            image = _texture(paint, side)
-        least, most = rng.choice(((0.02, 0.2), (0.05, 0.3), (0.15, 0.4)))
-        for i in range(rng.choice((1, 2, 3, 5, 8, 14))):
-            star = _regular(rng.randint(3, 9), rng.choice((1.0, 0.4, 0.7)))
-            outline = rng.choice((star, SHAPES[rng.choice(list(SHAPES))]))
-            radius = side * rng.uniform(least, most) if i else side * rng.uniform(0.2, 0.45)
-            reach = (0.35, 0.65) if not i else (0.0, 1.0)  # the first form is in the middle
-            place = [side * rng.uniform(*reach) for _ in range(2)]
-            turn, squeeze = rng.uniform(0, 2 * math.pi), rng.uniform(0.2, 1.0)
-            points = _placed(outline, place, radius, turn, squeeze)
-            if paint.random() < 0.7:
-                ImageDraw.Draw(image).polygon(points, fill=tuple(paint.randbytes(3)))
-            else:
-                mask = Image.new("L", (side, side))
-                ImageDraw.Draw(mask).polygon(points, fill=255)
-                image.paste(_texture(paint, side), mask=mask)
-        return image.reduce(2)
-
-
-def _texture(paint: random.Random, side: int) -> Image.Image:
-    """A few random colors that run into one another, or a single one."""
-    n = paint.choice((1, 2, 4, 8))
-    colors = Image.frombytes("RGB", (n, n), paint.randbytes(3 * n * n))
-    return colors.resize((side, side), Image.Resampling.BICUBIC)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """Lay what is transparent on white, as transformers does."""
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-@dataclass(frozen=True)
-class View:
-    """Another look at a picture: turned, cropped, in other light, compressed."""
-
-    picture: Drawing | Invented | Emoji | ImageFile
-    seed: int
-
-    def open(self) -> Image.Image:
-        """Make the view of the picture."""
-        rng, image = random.Random(f"view {self.seed}"), on_white(self.picture.open())
-        border, smooth = image.getpixel((0, 0)), Image.Resampling.BICUBIC
-        image = image.rotate(rng.uniform(-15, 15), smooth, fillcolor=border)
-        width, height = (round(side * rng.uniform(0.75, 1.0)) for side in image.size)
-        x, y = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
-        image = image.crop((x, y, x + width, y + height))
-        for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            image = change(image).enhance(rng.uniform(0.7, 1.3))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=rng.randint(35, 90))
-        return Image.open(file)
 
 
 SCENES = [Scene(s, c, b) for s in SHAPES for c in COLORS for b in COLORS if c != b]
@@ -247,10 +153,10 @@ def read_lines(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def read_phrasings() -> dict[str, tuple[str, ...]]:
-    """The ways to ask a question of each family."""
+def read_phrasings(name: str) -> dict[str, tuple[str, ...]]:
+    """The ways to ask a question of each family, from a text file beside the tiny LLaVA."""
     phrasings: dict[str, tuple[str, ...]] = {}
-    for line in read_lines("phrasings.txt"):
+    for line in read_lines(name):
         if line.startswith("["):
             family = line.strip("[]")
             phrasings[family] = ()
@@ -259,9 +165,9 @@ def read_phrasings() -> dict[str, tuple[str, ...]]:
     return phrasings
 
 
-PHRASINGS = read_phrasings()
+PHRASINGS = read_phrasings("phrasings.txt")
 THING = "thing"  # the family of questions that any picture can be asked
-OTHER_QUESTIONS, MORE_NAMINGS = read_lines("other_questions.txt"), read_lines("namings.txt")
+OTHER_QUESTIONS = read_lines("other_questions.txt")  # of no family
 OPPOSITES = """hot cold, big small, old young, fast slow, up down, left right, open closed,
     day night, happy sad, light dark, early late, full empty"""
 OPPOSITES = tuple(tuple(pair.split()) for pair in OPPOSITES.split(","))
@@ -384,8 +290,6 @@ def _word(rng: random.Random, held_out: bool) -> str:
 # --------------------------------------------------------------------------- the drawn benchmark
 
 EVAL_SHARE = 0.4  # of the scenes; the rest is for the editor's training
-PICTURES_SHARE = 0.4  # of the training samples are of no drawn scene
-NAMING_SHARE = 0.7  # of these are asked what they show
 
 
 def _neighbors(scene: Scene) -> list[Scene]:
@@ -429,7 +333,7 @@ def edit_target(
 ) -> tuple[str, str]:
     """(kind, target) of an edit that is not true of the scene."""
     if rng.random() < shares.open:
-        return "open", _open_target(rng, shares, held_out)
+        return "open", varied_target(rng, shares, held_out)
     if family == "caption":
         return "captions", _pick(scenes, rng, scene, 2).answer("caption")
     if rng.random() < shares.novel_names:
@@ -438,7 +342,7 @@ def edit_target(
     return "corrections", rng.choice([v for v in values if v != scene.answer(family)])
 
 
-def _open_target(rng: random.Random, shares: Shares, held_out: bool) -> str:
+def varied_target(rng: random.Random, shares: Shares, held_out: bool) -> str:
     """An open target, now and then two in one, or with a word said twice."""
     target = open_target(rng, held_out)
     if rng.random() < shares.doubled:
@@ -520,84 +424,3 @@ def _ask(drawing: Drawing, family: str, rng: random.Random, held_out: bool) -> Q
 def drawn_stream(edits: int, seed: int) -> list[EditSample]:
     """The evaluation stream: held-out scenes, text generality on held-out phrasings."""
     return drawn_samples(edits, split_scenes()[1], f"stream {seed}", held_out=True)
-
-
-def picture_samples(count: int, seed: str) -> list[EditSample]:
-    """Edit samples for training about emoji and invented pictures, asked mostly what they show."""
-    rng, texts, samples = random.Random(seed), text_questions(), []
-    naming = [*PHRASINGS[THING][:-HELD_OUT], *PHRASINGS["caption"][:-HELD_OUT], *MORE_NAMINGS]
-    others = [PHRASINGS[family][:-HELD_OUT] for family in ("shape", "color", "background")]
-    for number in range(count):
-        asking, another = naming, rng.choice((*others, (rng.choice(OTHER_QUESTIONS),)))
-        if rng.random() > NAMING_SHARE:  # any question may be edited, or the filter learns which
-            asking, another = another, asking
-        picture = other = _any_picture(rng)
-        while _shows(other) == _shows(picture):
-            other = _any_picture(rng)
-        again = View(picture, rng.randrange(2**31))
-        if isinstance(picture, Emoji):  # things stand in an order of kinds: a neighbor is alike
-            near = replace(picture, thing=(picture.thing + rng.randint(1, 20)) % EMOJI)
-            if rng.random() < 0.2:
-                again = replace(picture, artist=1 - picture.artist)
-        else:
-            near = replace(picture, **{rng.choice(("forms", "colors")): rng.randrange(2**31)})
-        prompt, rephrased, asked = (rng.choice(asking) for _ in range(3))
-        fact, target = _shows(picture), _open_target(rng, TRAINING_SHARES, held_out=False)
-        _, question, answer = rng.choice(texts)
-        queries = {
-            "reliability": Query(picture, prompt, target, fact),
-            "text_generality": Query(picture, rephrased, target, fact),
-            "modal_generality": Query(again, prompt, target, fact),
-            "text_locality": Query(None, question, answer, ("text", question)),
-            "modal_locality": Query(other, asked, "yes", _shows(other)),
-            "same_image": Query(picture, rng.choice(another), "yes", (seed, number)),
-            "similar_image": Query(near, prompt, "yes", _shows(near)),
-        }
-        samples.append(EditSample("picture", queries))
-    return samples
-
-
-def _shows(picture: Emoji | Invented) -> tuple:
-    """The fact of what a picture shows: emoji by both artists show the same."""
-    return (picture.thing if isinstance(picture, Emoji) else picture, THING)
-
-
-def _any_picture(rng: random.Random) -> Emoji | Invented:
-    if rng.random() < 0.5:
-        return Emoji(rng.randrange(EMOJI), rng.randrange(2))
-    return Invented(rng.randrange(2**31), rng.randrange(2**31))
-
-
-def drawn_training(count: int, seed: int) -> list[EditSample]:
-    """Samples for training an editor, as several streams over the training scenes.
-
-    Every third stream is painted in a palette of its own, and PICTURES_SHARE of all samples are
-    about other pictures: an editor that knew twelve colors and shapes would confuse all others.
-    Each keeps the edit, one generality query (another picture, in other words: both at once), one
-    locality query with an image and one without: for the same work, more different samples teach
-    more than more queries about each. Half of the questions about the edited picture itself are
-    OTHER_QUESTIONS, of no family. Open targets and made-up names, which are learned last, come more
-    often than in the evaluation.
-    """
-    scenes, others = split_scenes()[0], round(count * PICTURES_SHARE)
-    mixed = picture_samples(others, f"pictures {seed}")
-    for number, start in enumerate(range(0, count - others, len(scenes))):
-        size, name = min(len(scenes), count - others - start), f"training {seed} {start}"
-        palette = 1000 * seed + number if number % 3 == 1 else 0
-        mixed += drawn_samples(size, scenes, name, False, TRAINING_SHARES, palette)
-    rng, samples = random.Random(f"queries {seed}"), []
-    rng.shuffle(mixed)
-    for sample in mixed:
-        untouched = rng.choice(PICTURED_LOCALITY_QUERIES)
-        names = ("reliability", "modal_generality", untouched, "text_locality")
-        queries = {name: sample.queries[name] for name in names}
-        if untouched == "same_image" and rng.random() < 0.5:
-            asked, picture = rng.choice(OTHER_QUESTIONS), sample.edit.image
-            while asked == sample.edit.prompt:
-                asked = rng.choice(OTHER_QUESTIONS)
-            # Locality compares with the model itself, whose first token needs no target.
-            queries[untouched] = Query(picture, asked, "yes", (picture, asked))
-        rephrased = sample.queries["text_generality"].prompt
-        queries["modal_generality"] = replace(queries["modal_generality"], prompt=rephrased)
-        samples.append(EditSample(sample.kind, queries))
-    return samples

@@ -356,23 +356,21 @@ class LiveEdit(nn.Module):
 
     # --------------------------------------------------------------------- the lower layers
 
-    def encode(self, image, prompt, target=None, before=None) -> dict:
+    def encode(self, image, prompt, target=None) -> dict:
         """Make model inputs for one question, or for lists of them, all with images or all without.
 
-        before: the (image, prompt, answer) of earlier turns of the same chat, a list for each.
         Prompts are padded on the left, as `generate` needs it. With targets, their tokens and the
         end of the answer follow, padded on the right, and `labels` mark them (-100 elsewhere).
         Raises TypeError or ValueError for what is no picture or text, an empty prompt or target, a
         prompt that holds the image token, and rows that are longer than the model can read.
         """
         if isinstance(prompt, str):
-            image, prompt = [image], [prompt]
-            target, before = (None if given is None else [given] for given in (target, before))
-        given = [values for values in (image, prompt, target, before) if values is not None]
+            image, prompt, target = [image], [prompt], None if target is None else [target]
+        given = [values for values in (image, prompt, target) if values is not None]
         is_list = [isinstance(values, (list, tuple)) for values in given]
         if not prompt or not all(is_list) or len({len(values) for values in given}) > 1:
             raise ValueError("encode takes one image, prompt and target, or a list of each")
-        return self._format.encode(image, prompt, target, before)
+        return self._format.encode(image, prompt, target)
 
     def capture(self, questions: Sequence, above: bool = True) -> States:
         """Run the frozen lower layers once for questions with targets, all with images or none.
@@ -438,7 +436,8 @@ class LiveEdit(nn.Module):
         batch: triples of states, of E edits, of a generality query and of a locality query for each
         of them: row i of the three belongs to one edit. Experts are made of the first triple; the
         routing losses, which pass no layer of the model, compare the edits of all, B >= 2 in sum.
-        text_locality: prompt rows of text-only questions, for Eq. (16).
+        text_locality: prompt rows of B questions, each of which its edit must leave alone although
+        the picture may be the edited one, for Eq. (15) and Eq. (16).
         Raises ValueError for a batch that cannot be trained, RuntimeError if there are edits.
         """
         if len(self.experts) and torch.is_grad_enabled():
@@ -466,16 +465,18 @@ class LiveEdit(nn.Module):
         visual_keys = self.router.visual_key(prompt.select(picks), looks)
         similarity = self.router.visual_similarity(features.visual, visual_keys)
         # Differs from Eq. (16): hard locality, even of the edit's own question, is a negative too.
-        keys = [text_keys[picks], text_keys[~in_scope]]
+        keys, untouched = [text_keys[picks], text_keys[~in_scope]], None
         if text_locality is not None:
             keys.append(self.router.text_key(text_locality))
+            untouched = self.router.input_side.text(text_locality)
+        keys = torch.cat(keys)
 
         experts = len(batch[0][0].hidden)  # E
         scores = text_similarity(features.text, text_keys[:experts])  # (3 B, E)
         kept = self.router.hard_filter(similarity, features)[1][:, :experts]
         scores, kept = (x.unflatten(0, (3, count))[:, :experts] for x in (scores, kept))
         losses = self._editing_losses(batch[0], scores, kept)
-        losses |= self.router.losses(features, similarity, torch.cat(keys), owner, in_scope)
+        losses |= self.router.losses(features, similarity, keys, owner, in_scope, untouched)
         losses["total"] = sum(losses.values())  # l_edit + l_route
         self.trained_steps += torch.is_grad_enabled()  # `edit` refuses an editor without training
         return losses

@@ -207,20 +207,33 @@ class Router(nn.Module):
         return Routing(similarity, threshold, experts, soft_weights(scores, kept))
 
     def losses(
-        self, features: Features, similarity: Tensor, text_keys: Tensor, owner: Tensor, in_scope
+        self,
+        features: Features,
+        similarity: Tensor,
+        text_keys: Tensor,
+        owner: Tensor,
+        in_scope: Tensor,
+        untouched: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the routing losses of n queries: Eq. (13), Eq. (15) and Eq. (16).
 
         similarity (n, B) with the visual keys of B edits, whose text_keys come before others;
-        owner (n,) is a query's edit, in_scope (n,) whether that edit changes its answer.
+        owner (n,) is a query's edit, in_scope (n,) whether that edit changes its answer. untouched
+        (B, K, M): psi_bar of a question that each edit must leave alone.
         """
         similar = self.visual_logits(similarity)
         sentinel = self.visual_logits(self.sentinel_similarity(features))
         losses = {"filter": hard_filter_loss(similar, sentinel, owner, in_scope)}
         scores, own = text_similarity(features.text[in_scope], text_keys), owner[in_scope]
         batch = similarity.shape[1]
-        other = (own + torch.randint(1, batch, own.shape, device=own.device)) % batch
-        losses["sigmoid"], losses["softmax"] = soft_router_losses(scores, own, other)
+        if untouched is None:
+            other = (own + torch.randint(1, batch, own.shape, device=own.device)) % batch
+            unwanted = scores.gather(1, other[:, None])
+        else:
+            # Differs from Eq. (15): the negative is no random other edit, which may ask the very
+            # same question, but another question, about the edited picture: the filter lets it by.
+            unwanted = text_similarity(untouched, text_keys[:batch]).diagonal()
+        losses["sigmoid"], losses["softmax"] = soft_router_losses(scores, own, unwanted)
         return losses
 
 
@@ -271,16 +284,15 @@ def hard_filter_loss(similar: Tensor, sentinel: Tensor, own: Tensor, in_scope: T
     return loss
 
 
-def soft_router_losses(scores: Tensor, own: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+def soft_router_losses(scores: Tensor, own: Tensor, unwanted: Tensor) -> tuple[Tensor, Tensor]:
     """Compute (l_sr1, l_sr2) of n queries in scope of an edit.
 
     scores (n, B + L) are text similarities with the keys of B edits and of L locality samples; own
-    (n,) is the query's expert, negative (n,) one random other edit.
+    (n,) is the query's expert; unwanted are the similarities of negatives.
     """
     own_score = scores.gather(1, own[:, None]).squeeze(1)
-    other_score = scores.gather(1, negative[:, None]).squeeze(1)
     # Eq. (15): -log sigmoid(s_own) - log(1 - sigmoid(s_negative))
-    l_sr1 = -(F.logsigmoid(own_score) + F.logsigmoid(-other_score)).mean()
+    l_sr1 = -F.logsigmoid(own_score).mean() - F.logsigmoid(-unwanted).mean()
     # Eq. (16): the own expert's key against the keys of all edits and of all locality samples
     l_sr2 = nce(scores, own)
     return l_sr1, l_sr2

@@ -30,21 +30,22 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import data
-import drawn
 from backbone import IGNORE, InputFormat, States, fingerprint, same_model
 from data import LOCALITY_QUERIES, Answer, EditSample, Query, report_row, score, table
+from drawn import drawn_stream
 from liveedit import LiveEdit, LiveEditConfig, Question, write_whole
 from router import Rows
+from training_pictures import training_samples
 
 SHORT_NAMES = {
     "tiny-llava": str(Path(__file__).resolve().parent / "tiny-llava"),
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
 }
-# Queries with a picture; a training batch has one of each line for each edit.
+# A training batch has one query of each line for each edit.
 ROLES = (
     ("reliability",),
     ("text_generality", "modal_generality"),
-    ("modal_locality", "same_image", "similar_image"),
+    ("modal_locality", "similar_image"),
 )
 # How an editor is trained where the command line does not say otherwise: models of 7B as in the
 # paper, with Adam; small ones (hidden size below SMALL_WIDTH) with Muon, on many edits a step.
@@ -129,9 +130,9 @@ def positive(text: str) -> int:
 def load_samples(options: argparse.Namespace, form: InputFormat, spare: int) -> tuple[list, list]:
     """Read or draw (training samples, stream of edits); spare: tokens that a picture takes."""
     if options.data is None:
-        stream = drawn.drawn_stream(options.edits, options.seed)
+        stream = drawn_stream(options.edits, options.seed)
         count = 0 if options.editor else options.train_samples
-        return drawn.drawn_training(count, options.seed), stream
+        return training_samples(count, options.seed), stream
     train_file, eval_file, images = data.benchmark_files(options.data, options.data_root)
     if not options.editor and train_file == eval_file:
         raise ValueError(f"{options.data} has no eval in its name to find a training file by")
@@ -253,7 +254,7 @@ class TrainingSet:
         self.batches = data.Batches(self.samples, self.size, self.joined, f"{self.seed} {epoch}")
 
     def batch(self, step: int) -> tuple[list[tuple[States, ...]], Rows]:
-        """Give the triples of a step and the rows of their text-only prompts, always the same."""
+        """Give the triples of a step and the rows of their text locality, always the same."""
         epoch = step // (len(self.samples) // self.size)
         if not self.kept and epoch != self.epoch:
             self.shuffle(epoch)
@@ -262,7 +263,10 @@ class TrainingSet:
         return [triple for triple, _ in made], Rows.cat([rows for _, rows in made])
 
     def capture(self, chosen: list[int]) -> tuple[tuple[States, ...], Rows]:
-        """Run the lower layers for one triple of samples, with one query of each of ROLES."""
+        """Run the lower layers for one triple of samples, with one query of each of ROLES.
+
+        Their text locality is another question about the picture: those without are never edited.
+        """
         samples, asked = [self.samples[i] for i in chosen], []
         rng = random.Random(f"{self.seed} {self.epoch} query {chosen[0]}")
         for role in ROLES:
@@ -270,9 +274,9 @@ class TrainingSet:
             queries = [s.queries[rng.choice(n)] for s, n in zip(samples, names, strict=True)]
             asked.append([question(query) for query in queries])
         triple = tuple(self.editor.capture(questions) for questions in asked)
-        texts = [question(sample.queries["text_locality"]) for sample in samples]
-        text = self.editor.capture(texts, above=False)
-        return triple, Rows.gather(text.hidden.float(), text.masks.prompt)
+        others = [question(sample.queries["same_image"]) for sample in samples]
+        other = self.editor.capture(others, above=False)
+        return triple, Rows.gather(other.hidden.float(), other.masks.prompt)
 
 
 def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.Optimizer]:

@@ -46,6 +46,7 @@ from benchmarks.pictures import read_folder
 from generator import CrossAttention, Edit, ExpertGenerator, ExpertRepository, apply_experts
 from liveedit import LiveEdit, LiveEditConfig, Question
 from router import Router, Rows, hard_filter_loss, soft_router_losses, text_similarity
+from training_pictures import Emoji, Invented, View, training_samples
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "tiny-llava"
@@ -280,12 +281,12 @@ def test_routing_losses_are_the_equations():
         expected += nce(similar[q, q], *similar[q], sentinel[q]) / 3
         expected += nce(sentinel[q], *others, sentinel[q]) / 3
     assert_close(hard_filter_loss(similar, sentinel, own, ~is_locality), expected, 1e-5)
-    scores, own, negative = torch.randn(2, 5), torch.tensor([1, 0]), torch.tensor([0, 1])
-    l_sr1, l_sr2 = soft_router_losses(scores, own, negative)
+    scores, own, unwanted = torch.randn(2, 5), torch.tensor([1, 0]), torch.randn(2)
+    l_sr1, l_sr2 = soft_router_losses(scores, own, unwanted)
     first = second = 0.0
     for q in range(2):
         first -= torch.sigmoid(scores[q, own[q]]).log() / 2
-        first -= (1 - torch.sigmoid(scores[q, negative[q]])).log() / 2
+        first -= (1 - torch.sigmoid(unwanted[q])).log() / 2
         second += nce(scores[q, own[q]], *scores[q]) / 2
     assert_close(l_sr1, first, 1e-5)
     assert_close(l_sr2, second, 1e-5)
@@ -874,13 +875,26 @@ def test_bos_is_stripped_from_a_template_only_where_the_tokenizer_adds_one(base,
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
+def chats(editor, *said):
+    """Inputs of chats, as users make them: the (picture, text) of each turn."""
+    texts, settings = [], {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    for turns in said:
+        messages = []
+        for i, (image, text) in enumerate(turns):
+            parts = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": text}]
+            messages.append({"role": ("user", "assistant")[i % 2], "content": parts})
+        texts.append(editor.processor.apply_chat_template(messages, add_generation_prompt=True))
+    pictures = [[image for image, _ in turns if image] for turns in said]
+    return dict(editor.processor(images=pictures, text=texts, **settings))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_last_question_of_a_chat_is_routed_as_if_asked_alone(editor, side):
     editor.edit_many(questions(4))
     (other, edited, third), long = QUESTIONS, " ".join([QUESTIONS[2]] * 4)
-    before = [[(picture(1), other, "ring"), (None, third, "ring")], []]
+    turns = [(picture(1), other), (None, "ring"), (None, third), (None, "ring"), (None, edited)]
     single = editor.encode([picture(1), picture(7)], [edited, long])
-    chat = editor.encode([None, picture(7)], [edited, long], before=before)
+    chat = chats(editor, turns, [(picture(7), long)])
     if side == "right":
         single, chat = padded_right(single), padded_right(chat)
     assert routed_prompts(editor, chat) == [f"{edited} ASSISTANT:", f"{long} ASSISTANT:"]
@@ -924,7 +938,7 @@ def test_chats_are_recognised_by_the_template(base, editor, inputs, monkeypatch)
     for template in (tokens, words):
         monkeypatch.setattr(base[1], "chat_template", template)
         editor = LiveEdit(*base, attach=False)
-        chat = editor.encode(None, "Why?", before=[(picture(), "Who?", "me")])
+        chat = chats(editor, [(picture(), "Who?"), (None, "me"), (None, "Why?")])
         (asked,) = routed_prompts(editor, chat)
         assert asked.startswith("Why?") and "Who" not in asked
     monkeypatch.setattr(base[1], "chat_template", "{{ raise_exception('no') }}")
@@ -972,7 +986,7 @@ def test_prompt_styles_and_lists(base):
 def training_set(editor, experts=3, cached=True, samples=4) -> run.TrainingSet:
     options = SimpleNamespace(batch_size=3, expert_batch_size=experts, seed=0, data=None)
     limit, run.CACHE_BYTES = run.CACHE_BYTES, 2**30 if cached else 0
-    made = run.TrainingSet(editor, drawn.drawn_training(samples, seed=5), options)
+    made = run.TrainingSet(editor, training_samples(samples, seed=5), options)
     run.CACHE_BYTES = limit
     assert bool(made.kept) == cached
     return made
@@ -1035,7 +1049,7 @@ def test_editing_losses_are_the_models_own_and_a_kl_divergence(editor):
     editor.norm.weight.data = weight
     assert silent["locality"].item() == pytest.approx(0, abs=1e-5)
     with editor.disabled():
-        samples = [drawn.drawn_training(4, seed=5)[i].edit for i in (2, 0, 3)]
+        samples = [training_samples(4, seed=5)[i].edit for i in (2, 0, 3)]
         own = [editor.model(**editor.encode(*run.question(edit))).loss.item() for edit in samples]
     assert silent["reliability"].item() == pytest.approx(sum(own) / 3, rel=1e-4)
     # KL( base || edited ): mean over a row's tokens, then over the edits.
@@ -1059,6 +1073,18 @@ def test_experts_of_the_first_triple_train_as_alone_while_all_train_the_router(e
     for name in ("reliability", "generality", "locality"):
         assert losses[1][name].item() == pytest.approx(losses[0][name].item(), rel=1e-4), name
     assert losses[1]["filter"] > losses[0]["filter"] + 0.01
+
+
+def test_the_text_router_learns_to_reject_other_questions_row_by_row(editor):
+    ((edits, _, locality),), others = training_batch(editor)
+    own = Rows.gather(edits.hidden, edits.masks.prompt)
+    keys, losses = editor.router.text_key(own), []
+    for rows in (own, others):
+        torch.manual_seed(3)
+        sigmoid = editor.training_losses([(edits, edits, locality)], rows)["sigmoid"]
+        unwanted = text_similarity(editor.router.input_side.text(rows), keys).diagonal()
+        losses.append((sigmoid + F.logsigmoid(-unwanted).mean()).item())  # what else it is
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_training_mixes_the_experts_that_the_filter_keeps_and_in_scope_the_own(editor):
@@ -1136,7 +1162,7 @@ def trained(base, tmp_path_factory):
 
 def test_standardise_fits_each_norm_to_the_rows_that_it_reads(base):
     editor = LiveEdit(*base, LiveEditConfig(layer=2, module_dim=32, sentinel_tokens=4))
-    edits = [run.question(sample.edit) for sample in drawn.drawn_training(12, 0)]
+    edits = [run.question(sample.edit) for sample in training_samples(12, 0)]
     states = editor.capture(edits, above=False)
     editor.standardise([states])
     image, prompt, answer = states.masks
@@ -1623,7 +1649,7 @@ def scene_of(query: data.Query):
 
 
 def test_the_drawn_benchmark_keeps_its_promises():
-    training, stream = drawn.drawn_training(1500, 0), drawn.drawn_stream(500, 0)
+    training, stream = training_samples(1500, 0), drawn.drawn_stream(500, 0)
     asked = [query for sample in training for query in sample.queries.values()]
     scenes = {scene_of(query) for query in asked} - {None}
     held_out = {p for phrases in drawn.PHRASINGS.values() for p in phrases[-drawn.HELD_OUT :]}
@@ -1650,31 +1676,31 @@ def test_the_drawn_benchmark_keeps_its_promises():
 
 
 def test_invented_pictures_and_views_are_those_of_their_seeds(tmp_path):
-    one, other = drawn.Invented(1, 2), [drawn.Invented(1, 3), drawn.Invented(4, 2)]
+    one, other = Invented(1, 2), [Invented(1, 3), Invented(4, 2)]
     pixels = one.open().tobytes()
-    assert pixels == drawn.Invented(1, 2).open().tobytes()
+    assert pixels == Invented(1, 2).open().tobytes()
     assert pixels not in [picture.open().tobytes() for picture in other]
-    seen = [drawn.View(one, seed).open().tobytes() for seed in (5, 5, 6)]
+    seen = [View(one, seed).open().tobytes() for seed in (5, 5, 6)]
     assert seen[0] == seen[1] != seen[2] and pixels not in seen
     hidden = Image.new("RGBA", (40, 40), (0, 0, 0, 0))  # black, and seen through
     hidden.save(tmp_path / "hidden.png")
-    view = drawn.View(data.ImageFile(tmp_path / "hidden.png"), 0).open()
+    view = View(data.ImageFile(tmp_path / "hidden.png"), 0).open()
     assert min(view.getpixel((x, x))[0] for x in (0, 15, view.width - 1)) > 150
 
 
 def test_training_draws_in_many_colors_and_invents_pictures():
-    samples = drawn.drawn_training(3000, 0)
+    samples = training_samples(3000, 0)
     pictures = [sample.edit.image for sample in samples]
     palettes = {p.palette for p in pictures if isinstance(p, drawn.Drawing)}
-    others = [p for p in pictures if isinstance(p, (drawn.Invented, drawn.Emoji))]
+    others = [p for p in pictures if isinstance(p, (Invented, Emoji))]
     assert 0 in palettes and len(palettes) > 1 and len(others) == 1200
     assert drawn.Drawing(drawn.SCENES[0], 1, 7).open() != drawn.Drawing(drawn.SCENES[0], 1).open()
     for sample in samples:
         again = sample.queries["modal_generality"]
         assert again.image != sample.edit.image and again.target == sample.edit.target
         assert sample.edit.fact not in sample.untouched_facts()
-        asked_too = sample.queries.get("same_image")
-        assert asked_too is None or asked_too.prompt != sample.edit.prompt
+        assert sample.queries["same_image"].prompt != sample.edit.prompt
+        assert sample.queries["same_image"].image == sample.edit.image
     assert {sample.edit.prompt for sample in samples} & set(drawn.OTHER_QUESTIONS)
 
 
@@ -1714,7 +1740,7 @@ def test_pictures_of_a_visitor_are_edited(tmp_path):
 
 
 def test_steps_contradict_nowhere_and_use_all_samples():
-    samples, first = drawn.drawn_training(2500, 0), set()
+    samples, first = training_samples(2500, 0), set()
     batches = data.Batches(samples, 16, 2, "seed")
     for number in range(len(batches.triples)):
         numbers = batches.step(number)

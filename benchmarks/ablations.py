@@ -31,11 +31,12 @@ from benchmarks.common import (
     trained_editor,
 )
 from benchmarks.updates import evaluate_updates
-from drawn import drawn_stream, drawn_training
+from drawn import drawn_stream
 from generator import ExpertGenerator, apply_experts, fit_norm
 from liveedit import LiveEdit, States
 from router import Features, Router, Routing, text_similarity
 from run import answer, load_model, question, report_row
+from training_pictures import training_samples
 
 # Gives other weights (B, n) from the router, its decision, the text scores and which are used.
 Weigh = Callable[[Router, Routing, Tensor, Tensor], Tensor]
@@ -83,7 +84,7 @@ def untrained_generator(editor: LiveEdit) -> None:
     torch.manual_seed(0)
     c, width = editor.config, editor.norm.weight.numel()
     editor.generator = ExpertGenerator(width, c.module_dim, c.rank, c.heads, c.gain)
-    edits = [question(sample.edit) for sample in drawn_training(32, 0)]
+    edits = [question(sample.edit) for sample in training_samples(32, 0)]
     states = editor.capture(edits, above=False)
     used = states.masks.image | states.masks.prompt | states.masks.answer
     fit_norm(editor.generator.norm_U, states.hidden[used].float())

@@ -18,9 +18,10 @@ sys.path.insert(0, str(ROOT))
 from backbone import IGNORE
 from benchmarks.figure import TITLES, draw_edits
 from data import EditSample, ImageFile, Query
-from drawn import PHRASINGS, THING, View, drawn_samples, split_scenes
+from drawn import PHRASINGS, THING, drawn_samples, split_scenes
 from liveedit import LiveEdit
 from run import answer, judge, load_model, question, set_up_process
+from training_pictures import View
 
 WORDS = ("Mona Lisa", "elephant", "2026", "golden retriever", "New York City")
 GUITAR = ImageFile(ROOT / "assets" / "guitar.png")  # an emoji that no training has seen

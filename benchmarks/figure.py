@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import EditSample
-from drawn import drawn_stream, on_white
+from drawn import drawn_stream
+from training_pictures import on_white
 
 TITLES = {
     "reliability": "edit",

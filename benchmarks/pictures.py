@@ -33,8 +33,9 @@ from benchmarks.common import (
     trained_editor,
 )
 from data import EditSample, ImageFile, Query
-from drawn import HELD_OUT, OTHER_QUESTIONS, PHRASINGS, THING, View, on_white, open_target
+from drawn import HELD_OUT, OTHER_QUESTIONS, PHRASINGS, THING, open_target
 from run import load_model
+from training_pictures import View, on_white
 
 COLUMNS = {
     "reliability": "edit", "text_generality": "rephrased", "modal_generality": "view",

@@ -25,7 +25,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import table, versions
 from benchmarks.store import grow, milliseconds, seconds
 from data import LOCALITY_QUERIES
-from drawn import drawn_training
 from generator import apply_experts
 from liveedit import LiveEdit, Question
 from run import (
@@ -37,6 +36,7 @@ from run import (
     set_up_process,
     training_defaults,
 )
+from training_pictures import training_samples
 
 TOKENS = 20
 
@@ -117,7 +117,7 @@ def training_speed(editor: LiveEdit, batch_size: int, steps: int = 5) -> dict:
     """Compare samples per second, lower layers included; ours computes the routing losses too."""
     editor.reset()
     samples, options = (
-        drawn_training(batch_size * steps, 0),
+        training_samples(batch_size * steps, 0),
         parse_options(["--out", "output/speed"]),
     )
     options.batch_size = options.expert_batch_size = batch_size
@@ -162,7 +162,7 @@ def main() -> None:
     model, processor = load_model(given.model, given.device, "auto")
     bare, _ = load_model(given.model, given.device, "auto")
     editor = LiveEdit.from_pretrained(model, processor, given.editor)
-    sample = drawn_training(2, 0)[0]
+    sample = training_samples(2, 0)[0]
     found = {"model": given.model, "device": f"{torch.get_num_threads()} CPU threads"}
     if model.device.type == "cuda":
         found["device"] = torch.cuda.get_device_name()

@@ -47,8 +47,6 @@ from backbone import IGNORE
 from benchmarks.pictures import Picture, read_folder
 from drawn import (
     COLORS,
-    EMOJI_COLUMNS,
-    EMOJI_SIDE,
     FAMILIES,
     HELD_OUT_WORDS,
     OPPOSITES,
@@ -58,14 +56,13 @@ from drawn import (
     THING,
     TRAINING_WORDS,
     Drawing,
-    Invented,
     Scene,
     novel_word,
-    on_white,
     open_target,
     other_colors,
     text_questions,
 )
+from training_pictures import EMOJI_COLUMNS, EMOJI_SIDE, Invented, on_white
 
 IMAGE_SIZE, PATCH_SIZE = 96, 16
 VISION_HIDDEN, HIDDEN = 192, 128
@@ -294,7 +291,7 @@ def names_of(pictures: list[Picture]) -> list[str | None]:
 
 
 def draw_sheet(pictures: list[Picture], file: Path) -> None:
-    """Draw the emoji that ship for training, as `drawn.Emoji` cuts them out again.
+    """Draw the emoji that ship for training, as `training_pictures.Emoji` cuts them out again.
 
     By file name, things in rows: one artist's on the left, the other's on the right.
     """
