@@ -78,21 +78,21 @@ class EditSample:
 
 
 class Batches:
-    """Which samples train together: triples of `size` edits with their queries, some in a step."""
+    """Which samples train together: groups of `size` edits with their queries, some in a step."""
 
     def __init__(self, samples: list[EditSample], size: int, joined: int, seed: str):
-        """Make triples, `joined` to a step. Raises ValueError if not even one can be filled."""
+        """Make groups, `joined` to a step. Raises ValueError if not even one can be filled."""
         self.facts = [(sample.edit.fact, sample.untouched_facts()) for sample in samples]
-        self.joined, self.seed, self.triples, filling = joined, seed, [], []
+        self.joined, self.seed, self.groups, filling = joined, seed, [], []
         for i in random.Random(seed).sample(range(len(samples)), len(samples)):
-            triple = next((triple for triple in filling if self.agree([*triple, i])), [])
-            if not triple:
-                filling.append(triple)
-            triple.append(i)
-            if len(triple) == size:
-                self.triples.append(triple)
-                filling.remove(triple)
-        if not self.triples:
+            group = next((group for group in filling if self.agree([*group, i])), [])
+            if not group:
+                filling.append(group)
+            group.append(i)
+            if len(group) == size:
+                self.groups.append(group)
+                filling.remove(group)
+        if not self.groups:
             raise ValueError(f"{len(samples)} samples contradict one another in batches of {size}")
 
     def agree(self, chosen: list[int]) -> bool:
@@ -102,13 +102,13 @@ class Batches:
         return len(edited) == len(chosen) and edited.isdisjoint(untouched)
 
     def step(self, number: int) -> list[int]:
-        """Number the triples of a step, always the same ones; each triple comes first in turn."""
-        together = [number % len(self.triples)]
-        numbers = list(range(len(self.triples)))
+        """Number the groups of a step, always the same ones; each group comes first in turn."""
+        together = [number % len(self.groups)]
+        numbers = list(range(len(self.groups)))
         random.Random(f"{self.seed} {number}").shuffle(numbers)
         while numbers and len(together) < self.joined:
             tried = [*together, numbers.pop(0)]
-            if self.agree([i for n in tried for i in self.triples[n]]):
+            if self.agree([i for n in tried for i in self.groups[n]]):
                 together = tried
         return together
 

@@ -434,10 +434,11 @@ class LiveEdit(nn.Module):
         """Compute all losses of one batch of edits; "total" is their sum, every weight 1.
 
         batch: triples of states, of E edits, of a generality query and of a locality query for each
-        of them: row i of the three belongs to one edit. Experts are made of the first triple; the
-        routing losses, which pass no layer of the model, compare the edits of all, B >= 2 in sum.
-        text_locality: prompt rows of B questions, each of which its edit must leave alone although
-        the picture may be the edited one, for Eq. (15) and Eq. (16).
+        of them, about another picture: row i of the three belongs to one edit.
+        Differs from the paper: experts are made of the first triple alone; the routing losses,
+        which pass no layer of the model, compare the edits of all, B >= 2 in sum.
+        text_locality: prompt rows of B other questions, row i about the picture of edit i, for Eq.
+        (15) and Eq. (16); None: Eq. (15) takes random other edits, as in the paper.
         Raises ValueError for a batch that cannot be trained, RuntimeError if there are edits.
         """
         if len(self.experts) and torch.is_grad_enabled():
@@ -464,7 +465,8 @@ class LiveEdit(nn.Module):
         looks = image.select(picks).some(ROWS_SEEN)
         visual_keys = self.router.visual_key(prompt.select(picks), looks)
         similarity = self.router.visual_similarity(features.visual, visual_keys)
-        # Differs from Eq. (16): hard locality, even of the edit's own question, is a negative too.
+        # Eq. (16): the keys of locality queries, which may ask what the edit asks, are negatives.
+        # Differs from the paper: so are those of other questions about the edited picture.
         keys, untouched = [text_keys[picks], text_keys[~in_scope]], None
         if text_locality is not None:
             keys.append(self.router.text_key(text_locality))
@@ -489,7 +491,7 @@ class LiveEdit(nn.Module):
         scores and kept (3, E, E): of the rows of each role with the E experts.
         Differs from the paper, which mixes all experts of the batch into each row: in scope a row
         gets its own and, as when asked, those that the filter keeps. Otherwise the locality loss
-        makes experts timid where the filter will keep them away. Hard locality is trained too.
+        makes experts timid where the filter will keep them away.
         """
         (U, V), losses = self._experts_of(triple[0]), {}
         own = torch.eye(len(U), dtype=torch.bool, device=U.device)

@@ -219,7 +219,8 @@ class Router(nn.Module):
 
         similarity (n, B) with the visual keys of B edits, whose text_keys come before others;
         owner (n,) is a query's edit, in_scope (n,) whether that edit changes its answer. untouched
-        (B, K, M): psi_bar of a question that each edit must leave alone.
+        (B, K, M): psi_bar of another question about each edit's picture, the negatives of Eq. (15);
+        None: random other edits, as in the paper.
         """
         similar = self.visual_logits(similarity)
         sentinel = self.visual_logits(self.sentinel_similarity(features))
@@ -231,7 +232,8 @@ class Router(nn.Module):
             unwanted = scores.gather(1, other[:, None])
         else:
             # Differs from Eq. (15): the negative is no random other edit, which may ask the very
-            # same question, but another question, about the edited picture: the filter lets it by.
+            # same, but another question about the edited picture: the filter lets it by. And it is
+            # a query that the edit's key must not attract; the paper takes the negative's key.
             unwanted = text_similarity(untouched, text_keys[:batch]).diagonal()
         losses["sigmoid"], losses["softmax"] = soft_router_losses(scores, own, unwanted)
         return losses
@@ -288,7 +290,7 @@ def soft_router_losses(scores: Tensor, own: Tensor, unwanted: Tensor) -> tuple[T
     """Compute (l_sr1, l_sr2) of n queries in scope of an edit.
 
     scores (n, B + L) are text similarities with the keys of B edits and of L locality samples; own
-    (n,) is the query's expert; unwanted are the similarities of negatives.
+    (n,) is the query's expert; unwanted, of any shape, are the similarities of negatives.
     """
     own_score = scores.gather(1, own[:, None]).squeeze(1)
     # Eq. (15): -log sigmoid(s_own) - log(1 - sigmoid(s_negative))

@@ -42,6 +42,7 @@ SHORT_NAMES = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
 }
 # A training batch has one query of each line for each edit.
+# Differs from the paper, where both generality queries and all of locality are in each step.
 ROLES = (
     ("reliability",),
     ("text_generality", "modal_generality"),
@@ -206,7 +207,7 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
         options.expert_batch_size = min(options.expert_batch_size, options.batch_size, len(own))
         options.batch_size = min(options.batch_size, len(own))
         if options.batch_size < 2:
-            raise ValueError("--batch-size must be 2 or more, with as many samples: see Eq. (15)")
+            raise ValueError("--batch-size must be 2 or more, with as many samples")
         options.batch_size -= options.batch_size % options.expert_batch_size
         data.Batches(own, options.expert_batch_size, 1, "check")  # raises if there are none
     print(f"{type(empty).__name__} {name}")
@@ -243,9 +244,9 @@ class TrainingSet:
         self.size = options.expert_batch_size
         self.joined = options.batch_size // self.size
         self.shuffle(epoch=0)
-        row = self.capture(self.batches.triples[0])[0][0].hidden[0]
+        row = self.capture(self.batches.groups[0])[0][0].hidden[0]
         if 3 * row.nbytes * len(samples) * 1.5 < CACHE_BYTES:
-            bar = bar_of(self.batches.triples, desc="training states")
+            bar = bar_of(self.batches.groups, desc="training states")
             self.kept = [self.capture(chosen) for chosen in bar]
 
     def shuffle(self, epoch: int) -> None:
@@ -254,18 +255,19 @@ class TrainingSet:
         self.batches = data.Batches(self.samples, self.size, self.joined, f"{self.seed} {epoch}")
 
     def batch(self, step: int) -> tuple[list[tuple[States, ...]], Rows]:
-        """Give the triples of a step and the rows of their text locality, always the same."""
+        """Give the triples of a step and their text locality, for each step the same ones."""
         epoch = step // (len(self.samples) // self.size)
         if not self.kept and epoch != self.epoch:
             self.shuffle(epoch)
-        numbers, triples = self.batches.step(step), self.batches.triples
-        made = [self.kept[n] if self.kept else self.capture(triples[n]) for n in numbers]
+        numbers, groups = self.batches.step(step), self.batches.groups
+        made = [self.kept[n] if self.kept else self.capture(groups[n]) for n in numbers]
         return [triple for triple, _ in made], Rows.cat([rows for _, rows in made])
 
     def capture(self, chosen: list[int]) -> tuple[tuple[States, ...], Rows]:
         """Run the lower layers for one triple of samples, with one query of each of ROLES.
 
-        Their text locality is another question about the picture: those without are never edited.
+        Text locality are the prompt rows of another question about each edited picture. Nothing
+        is learned from questions without a picture: they are never edited.
         """
         samples, asked = [self.samples[i] for i in chosen], []
         rng = random.Random(f"{self.seed} {self.epoch} query {chosen[0]}")
@@ -280,7 +282,7 @@ class TrainingSet:
 
 
 def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Take Adam; differs from the paper in small models, whose matrices Muon trains."""
+    """Take Adam. Differs from the paper: Muon trains the matrices of small models."""
     parameters = list(editor.parameters())
     if editor.norm.weight.numel() >= SMALL_WIDTH:
         return [torch.optim.Adam(parameters, lr=learning_rate, fused=True)]
@@ -291,13 +293,16 @@ def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.
 
 
 def cut_gradients(editor: LiveEdit) -> None:
-    """Cut gradients to norm 1, the router's apart; differs from the paper, which cuts none."""
+    """Cut gradients to norm 1, the router's apart. Differs from the paper, which cuts none."""
     for part in (editor.generator, editor.router, editor.norm):
         torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
 
 
 def rate_factor(step: int, steps: int, small: bool) -> float:
-    """Compute the learning rate's factor: the paper's cut, or a warm-up and a cosine."""
+    """Compute the learning rate's factor: the paper's cut after 10,000 steps.
+
+    Differs from the paper in small models: a warm-up and a cosine.
+    """
     if not small:
         return 0.1 if step >= 10_000 else 1.0
     return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))

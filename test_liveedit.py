@@ -993,8 +993,8 @@ def training_set(editor, experts=3, cached=True, samples=4) -> run.TrainingSet:
 
 
 def training_batch(editor):
-    triple, texts = training_set(editor).capture([2, 0, 3])
-    return [triple], texts
+    triple, others = training_set(editor).capture([2, 0, 3])
+    return [triple], others
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
@@ -1033,7 +1033,7 @@ def test_a_triple_holds_the_queries_of_its_samples_row_by_row(editor):
         rows = [editor.processor.decode(row[row >= 0]) for row in states.labels]
         return [row.replace("</s>", "").strip() for row in rows]
 
-    chosen = samples.batches.triples[0]
+    chosen = samples.batches.groups[0]
     edits, generality, locality = samples.capture(chosen)[0]
     wanted = [samples.samples[i].edit.target for i in chosen]
     assert targets(edits) == targets(generality) == wanted != targets(locality)
@@ -1742,16 +1742,16 @@ def test_pictures_of_a_visitor_are_edited(tmp_path):
 def test_steps_contradict_nowhere_and_use_all_samples():
     samples, first = training_samples(2500, 0), set()
     batches = data.Batches(samples, 16, 2, "seed")
-    for number in range(len(batches.triples)):
+    for number in range(len(batches.groups)):
         numbers = batches.step(number)
-        chosen = [i for n in numbers for i in batches.triples[n]]
+        chosen = [i for n in numbers for i in batches.groups[n]]
         facts = {samples[i].edit.fact for i in chosen}
         assert len(set(chosen)) == 32 == len(facts)
         assert not any(facts & samples[i].untouched_facts() for i in chosen)
         assert numbers == batches.step(number)
-        first |= set(batches.triples[numbers[0]])
+        first |= set(batches.groups[numbers[0]])
     assert len(first) > 2400
-    again = batches.step(len(batches.triples))  # a second round joins other triples
+    again = batches.step(len(batches.groups))  # a second round joins other groups
     assert again[0] == batches.step(0)[0] and again != batches.step(0)
     with pytest.raises(ValueError, match="contradict"):
         data.Batches([samples[0]] * 5, 2, 1, "seed")

@@ -1,7 +1,7 @@
 """What an editor is trained on without a benchmark: the drawn world and pictures of any kind.
 
 An editor that knew twelve shapes and colors only would confuse all other pictures. So beside scenes
-stand emoji that ship and invented pictures, with views of them; nothing here is in an evaluation.
+stand emoji that ship and invented pictures, with views of them; none is in an evaluation.
 """
 
 import io
@@ -167,7 +167,7 @@ def picture_samples(count: int, seed: str) -> list[EditSample]:
 
 
 def _shows(picture: Emoji | Invented) -> tuple:
-    """The fact of what a picture shows: emoji by both artists show the same."""
+    """One fact for whatever is edited of a picture; emoji by both artists show the same."""
     return (picture.thing if isinstance(picture, Emoji) else picture, THING)
 
 
@@ -182,10 +182,10 @@ def training_samples(count: int, seed: int) -> list[EditSample]:
 
     Every third stream is painted in a palette of its own, and PICTURES_SHARE of all samples are
     about other pictures: an editor that knew twelve colors and shapes would confuse all others.
-    Each keeps the edit, one generality query (another picture, in other words: both at once), one
-    query about a picture that is not edited, and one that asks something else about the edited one:
-    for the same work, more different samples teach more than more queries about each. Half of the
-    latter are OTHERS. Open targets and made-up names, which are learned last, come more often than
+    Each keeps the edit, one generality query (another picture, mostly in other words too), one
+    query about a picture that is not edited, and one that asks something else about the edited one,
+    half of them or more from OTHERS: for the same work, more different samples teach more than more
+    queries about each. Open targets and made-up names, which are learned last, come more often than
     in the evaluation.
     """
     scenes, others = split_scenes()[0], round(count * PICTURES_SHARE)

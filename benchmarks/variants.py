@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import COLUMNS, ask_before, edit_and_judge, open_results, percent, table
 from benchmarks.lengths import LONGEST, by_length
 from data import EditSample
-from drawn import Drawing
+from drawn import PHRASINGS, Drawing
 from liveedit import LiveEdit
 from router import Features
 from run import parse_options, prepare, report_row, set_up_process, train
@@ -51,7 +52,7 @@ def edits_a_round_shape(sample: EditSample) -> bool:
 
 def asks_for_captions(sample: EditSample) -> bool:
     """Asks any of the sample's questions for a caption?"""
-    return any(query.fact[1] == "caption" for query in sample.queries.values())
+    return any(query.prompt in PHRASINGS["caption"] for query in sample.queries.values())
 
 
 def edits_a_caption(sample: EditSample) -> bool:
@@ -78,7 +79,7 @@ class Variant(NamedTuple):
     options: tuple[str, ...] = ()  # of run.py
     loss: str | None = None  # one of LOSSES that is left out
     world: str | None = None  # one of WORLDS that is left out
-    paper_sentinel: bool = False  # see `compare_what_is_seen`
+    change: Callable[[LiveEdit], None] | None = None  # of the editor, before it is trained
 
 
 def leave_out(editor: LiveEdit, name: str) -> None:
@@ -101,6 +102,15 @@ def compare_what_is_seen(editor: LiveEdit) -> None:
     editor.router.sentinel_similarity = sentinel_similarity
 
 
+def leave_out_questions(editor: LiveEdit) -> None:
+    """Train without other questions: Eq. (15) takes a random edit, Eq. (16) lacks their keys."""
+
+    def training_losses(batch, text_locality) -> dict[str, Tensor]:
+        return LiveEdit.training_losses(editor, batch)
+
+    editor.training_losses = training_losses
+
+
 def measure(arguments: list[str], variant: Variant) -> dict:
     """Train one variant and give its row of the report."""
     with tempfile.TemporaryDirectory() as folder:
@@ -110,8 +120,8 @@ def measure(arguments: list[str], variant: Variant) -> dict:
         count = len(samples) // 2
         if variant.loss:
             leave_out(editor, variant.loss)
-        if variant.paper_sentinel:
-            compare_what_is_seen(editor)
+        if variant.change:
+            variant.change(editor)
         if variant.world:
             left_out = WORLDS[variant.world][0]
             samples = [sample for sample in samples if not left_out(sample)]
@@ -171,7 +181,8 @@ def chosen_variants(given: argparse.Namespace) -> dict[str, Variant]:
     variants |= {f"layer {layer}": Variant(("--layer", str(layer))) for layer in given.layers}
     if given.parts:
         variants["dot products, not cosines"] = Variant(("--similarity", "dot"))
-        variants["sentinel as in the paper"] = Variant(paper_sentinel=True)
+        variants["sentinel as in the paper"] = Variant(change=compare_what_is_seen)
+        variants["without other questions"] = Variant(change=leave_out_questions)
         variants |= {f"without the loss {name}": Variant(loss=name) for name in LOSSES}
     if given.transfer:
         variants |= {f"trained without {name}": Variant(world=name) for name in WORLDS}
