@@ -23,6 +23,7 @@ nce = F.cross_entropy  # Eq. (12): nce(a, b+, {b_j}) = -log( exp(a.b+) / sum_j e
 # By how much, in logits of the routing losses, the filter must keep experts that count as edits of
 # one fact. Chosen on scenes of the editor's training.
 SAME_FACT_MARGIN = 1.0
+LEAST_WEIGHT = 0.1  # sigmoid of an expert's text score, below which it is not used
 
 
 class Rows(NamedTuple):
@@ -202,6 +203,8 @@ class Router(nn.Module):
         kept = kept[:, experts]
         scores = text_similarity(features.text, text_keys[experts])
         if self.newest_wins:
+            # Differs from the paper: edits of other questions are not used at all, not a little.
+            kept = kept & (torch.sigmoid(scores) > LEAST_WEIGHT)
             margin = self.visual_logits(similarity[:, experts] - threshold[:, None])
             kept = kept & ~superseded(kept & (margin > SAME_FACT_MARGIN) & (scores > 0))
         return Routing(similarity, threshold, experts, soft_weights(scores, kept))

@@ -255,7 +255,7 @@ def test_the_filter_keeps_what_lies_above_the_sentinel_and_shares_weights_among_
     assert (router.route(features, keys, keys).threshold == 0.5).all()
 
 
-def test_of_one_fact_the_newest_counts_and_the_rest_is_weighed_as_ever():
+def test_of_one_fact_the_newest_counts_and_the_rest_is_weighed_if_relevant():
     router = Router(8, small_config())
     router.threshold = 0.0
     features = router.features(Rows(torch.randn(1, 5, 8), None), Rows(torch.randn(1, 6, 8), None))
@@ -264,8 +264,10 @@ def test_of_one_fact_the_newest_counts_and_the_rest_is_weighed_as_ever():
     routing = router.route(features, keys, torch.cat([text] * 4))
     assert routing.experts.tolist() == [0, 2, 3]
     assert (routing.weights[0] > 0).tolist() == [False, False, True]
-    other = router.route(features, keys, torch.cat([text, text, text, -text]))
-    assert (other.weights[0] > 0).tolist() == [False, True, True]  # the last is irrelevant
+    keys = torch.cat([near] * 4)
+    texts = torch.cat([text, text, 0.1 * -features.text, -text])
+    used = router.route(features, keys, texts).weights[0]  # the third is not of the same fact
+    assert (used > 0).tolist() == [False, True, True, False]  # the last is of another question
 
 
 def test_routing_losses_are_the_equations():
