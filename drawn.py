@@ -168,6 +168,7 @@ def read_phrasings(name: str) -> dict[str, tuple[str, ...]]:
 PHRASINGS = read_phrasings("phrasings.txt")
 THING = "thing"  # the family of questions that any picture can be asked
 OTHER_QUESTIONS = read_lines("other_questions.txt")  # of no family
+MORE_NAMINGS, MORE_QUESTIONS = read_phrasings("more_phrasings.txt").values()
 OPPOSITES = """hot cold, big small, old young, fast slow, up down, left right, open closed,
     day night, happy sad, light dark, early late, full empty"""
 OPPOSITES = tuple(tuple(pair.split()) for pair in OPPOSITES.split(","))
@@ -221,7 +222,8 @@ def read_words() -> tuple[list[str], list[str]]:
     held_out = words[9::10]
     del words[9::10]
     texts = [text for question in text_questions() for text in question]
-    texts += [phrase for phrases in PHRASINGS.values() for phrase in phrases] + OTHER_QUESTIONS
+    for phrases in (*PHRASINGS.values(), OTHER_QUESTIONS, MORE_NAMINGS, MORE_QUESTIONS):
+        texts += phrases
     known = set(" ".join(texts).lower().translate(_NO_PUNCTUATION).split())
     return words, [word for word in held_out if len(word) > 3 and word.lower() not in known]
 

@@ -17,6 +17,8 @@ from drawn import (
     CANVAS,
     FOLDER,
     HELD_OUT,
+    MORE_NAMINGS,
+    MORE_QUESTIONS,
     OTHER_QUESTIONS,
     PHRASINGS,
     SHAPES,
@@ -25,14 +27,12 @@ from drawn import (
     Drawing,
     drawn_samples,
     placed,
-    read_phrasings,
     regular,
     split_scenes,
     varied_target,
 )
 
 EMOJI, EMOJI_COLUMNS, EMOJI_SIDE = 894, 32, 64  # how many, in a row, pixels of one
-MORE_NAMINGS, MORE_QUESTIONS = read_phrasings("more_phrasings.txt").values()
 OTHERS = (*OTHER_QUESTIONS, *MORE_QUESTIONS)  # questions of no family
 PICTURES_SHARE = 0.4  # of the training samples are of no drawn scene
 NAMING_SHARE = 0.6  # of these are asked what they show
