@@ -93,7 +93,8 @@ class Batches:
                 self.groups.append(group)
                 filling.remove(group)
         if not self.groups:
-            raise ValueError(f"{len(samples)} samples contradict one another in batches of {size}")
+            told = f"{len(samples)} samples contradict one another in batches of {size}"
+            raise ValueError(f"{told}: give more samples, or a smaller --expert-batch-size")
 
     def agree(self, chosen: list[int]) -> bool:
         """Tell whether no fact of these samples is edited twice, or edited and to be kept."""

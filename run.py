@@ -204,7 +204,9 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
     samples, stream = load_samples(options, form, config.sentinel_tokens)
     if samples:
         own = samples[::PROCESSES]  # of the first process
-        options.expert_batch_size = min(options.expert_batch_size, options.batch_size, len(own))
+        # Half of them at most: what contradicts one group finds its place in another.
+        most = min(options.batch_size, max(1, len(own) // 2))
+        options.expert_batch_size = min(options.expert_batch_size, most)
         options.batch_size = min(options.batch_size, len(own))
         if options.batch_size < 2:
             raise ValueError("--batch-size must be 2 or more, with as many samples")

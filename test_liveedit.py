@@ -1877,7 +1877,7 @@ def refusal(capsys, *arguments: str) -> str:
 
 
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-FEW = ["--train-samples", "40", "--edits", "5"]
+FEW = ["--train-samples", "20", "--edits", "5"]
 WRONG = [
     (["--edits", "0"], "--edits: '0' is no number from 1"),
     (["--edit", "5"], "unrecognized"),
