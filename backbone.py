@@ -337,6 +337,7 @@ class InputFormat:
     def __init__(self, model: nn.Module, processor, prompt_style: str):
         self.model, self.processor, self.prompt_style = model, processor, prompt_style
         self.image_token_id, self.tokenizer = model.config.image_token_id, None
+        self._words: dict[int, bool] = {}  # which tokens are words, as far as they were met
         if processor is None:  # all inputs are made elsewhere
             return
         if not hasattr(processor, "tokenizer"):
@@ -536,57 +537,71 @@ class InputFormat:
     def _last_question(self, inputs: dict) -> tuple[Tensor, RowMasks]:
         """Mark what asks the last question of a chat (B, T), and find the rows of that question.
 
-        It is asked by how the chat begins, the last picture before it, and its own words. Prompt
-        rows are those behind the image, or, where it follows the question or there is none, all but
-        the leading special tokens. What follows the opening of the answer is no prompt, whether or
-        not labels mark it.
         Raises RuntimeError where nothing tells the prompt from what was generated.
         """
         ids, attended, labels = self._per_token(inputs)
-        answer, words = labels != IGNORE, self._words(ids) & attended
-        image = (ids == self.image_token_id) & attended
-        has_image, (opening, question, reply) = image.any(1, keepdim=True), self._openings
-
-        asked = ids.masked_fill(answer | ~attended, IGNORE)  # no answer opens a turn
-        replies = _starts_of(reply, asked)
-        turns = _starts_of(question, asked) & (replies.cumsum(1) > 0)
-        turn = _shifted(turns, len(question)).cumsum(1)
-        last_turn = turn == turn[:, -1:]
-        opened = (replies & last_turn).cumsum(1) > 0
+        answer = labels != IGNORE
+        rows = zip(ids.tolist(), attended.tolist(), answer.tolist(), strict=True)
+        marks = torch.tensor([self._last_question_of(*row) for row in rows], dtype=torch.bool)
+        shown, image, prompt, reply = marks.to(ids.device).unbind(1)
         no_cache = inputs.get("use_cache") is False and inputs.get("labels") is None
-        if no_cache and not opened.any(1).all():
+        if no_cache and not reply.any(1).all():
             reason = "without a KV cache and a chat template, what was generated looks like prompt"
             raise RuntimeError(f"{reason}: generate with the cache, or pass labels")
+        return shown, RowMasks(image, prompt, answer)
 
-        place = words.cumsum(1)  # tiles and rows of one picture have no words between them
-        last = place.masked_fill(~image, -1).amax(1, keepdim=True)
-        picture, behind = ~words & (place == last), place > last
-        asks = (words & behind & ~opened & ~answer).any(1, keepdim=True)
-        shown = attended
-        if self.tokenizer is not None:
-            # The chat begins as far as it is like the template's.
-            begins = ids.new_tensor([*opening, IGNORE])
-            number = (attended.cumsum(1) - 1).clamp(0, len(opening))
-            head = ((ids == begins[number]) | ~attended).cumprod(1).bool()
-            several = has_image & (~last_turn | image & ~picture).any(1, keepdim=True)
-            shown = attended & (~several | head | picture | last_turn & (behind | ~asks))
+    def _last_question_of(
+        self, ids: list[int], attended: list[bool], answer: list[bool]
+    ) -> list[list[bool]]:
+        """Mark the tokens of a row that ask the last question, its image, prompt, and reply.
 
-        image = image & shown
-        text = shown & ~image & ~answer & ~_shifted(opened, len(reply))
-        behind = text & (image.cumsum(1) > 0)
-        asks = (words & behind & ~opened).any(1, keepdim=True)
-        return shown, RowMasks(image, torch.where(asks, behind, text & (place > 0)), answer)
+        It is asked by how the chat begins, the last picture before it, and its own words. Prompt is
+        what stands behind the image, or, where that follows the question or there is none, all but
+        the leading special tokens, up to where the reply has been opened.
+        """
+        (head, question, opening), end = self._openings, len(ids)
+        seen = [t for t in range(end) if attended[t]]
+        words = {t for t in seen if self._is_word(ids[t])}
+        images = [t for t in seen if ids[t] == self.image_token_id]
+        # No answer opens a turn.
+        said = [i if a and not b else IGNORE for i, a, b in zip(ids, attended, answer, strict=True)]
+        openings = _starts_of(opening, said)
+        turns = [t + len(question) for t in _starts_of(question, said) if openings[:1] < [t]]
+        turn = max([t for t in turns if openings and t < end], default=0)  # the last one
+        reply = min([t for t in openings if t >= turn], default=end)
 
-    def _words(self, ids: Tensor) -> Tensor:
-        """Mark the tokens (B, T) that are words: neither special, nor white space, nor image."""
-        if self.tokenizer is None:
-            text = self.model.config.get_text_config()
-            blank = [i for i in (text.bos_token_id, text.pad_token_id) if i is not None]
-        else:
-            found = ids.unique().tolist()
-            read = self.tokenizer.batch_decode([[i] for i in found], skip_special_tokens=True)
-            blank = [i for i, text in zip(found, read, strict=True) if not text.strip()]
-        return ~torch.isin(ids, ids.new_tensor([self.image_token_id, *blank]))
+        last = max(images, default=-1)
+        # Tiles and rows of one picture have no words between them.
+        picture = max([t for t in words if t < last], default=-1) + 1
+        behind = min([t for t in words if t > last], default=end)
+        shown = set(seen)
+        if images and self.tokenizer is not None and (turn or images[0] < picture):
+            asks = any(behind <= t < reply and not answer[t] for t in words)
+            own = max(turn, behind if asks else 0)
+            shown = {t for t in seen if t >= own or picture <= t < behind}
+            for t, token in zip(seen, head, strict=False):
+                if ids[t] != token:
+                    break  # so far the chat begins like the template's
+                shown.add(t)
+
+        image = shown.intersection(images)
+        text = {t for t in shown - image if not answer[t] and t < reply + len(opening)}
+        prompt = {t for t in text if image and t > min(image)}
+        if not any(t < reply for t in prompt & words):
+            prompt = {t for t in text if words and t >= min(words)}
+        replied = range(reply, end)
+        return [[t in marked for t in range(end)] for marked in (shown, image, prompt, replied)]
+
+    def _is_word(self, token: int) -> bool:
+        """Tell whether a token is neither special, nor white space, nor image."""
+        if token not in self._words:
+            if self.tokenizer is None:
+                text = self.model.config.get_text_config()
+                word = token not in (text.bos_token_id, text.pad_token_id)
+            else:
+                word = bool(self.tokenizer.decode([token], skip_special_tokens=True).strip())
+            self._words[token] = word and token != self.image_token_id
+        return self._words[token]
 
     @cached_property
     def _openings(self) -> tuple[list[int], list[int], list[int]]:
@@ -607,17 +622,11 @@ class InputFormat:
         return begin, [], []
 
 
-def _starts_of(part: list[int], ids: Tensor) -> Tensor:
-    """Mark in ids (B, T) where these tokens stand one behind the other, by the first of them."""
-    if not 0 < len(part) <= ids.shape[1]:
-        return torch.zeros_like(ids, dtype=torch.bool)
-    found = (ids.unfold(1, len(part), 1) == ids.new_tensor(part)).all(-1)
-    return F.pad(found, (0, len(part) - 1))
-
-
-def _shifted(mask: Tensor, count: int) -> Tensor:
-    """Shift a mask (B, T) so many tokens to the right."""
-    return F.pad(mask, (count, 0))[:, : mask.shape[1]]
+def _starts_of(part: list[int], ids: list[int]) -> list[int]:
+    """Find where these tokens stand one behind the other, by the first of them."""
+    if not part:
+        return []
+    return [t for t in range(len(ids)) if ids[t : t + len(part)] == part]
 
 
 def checked_picture(image: Image.Image) -> Image.Image:

@@ -118,13 +118,19 @@ class Drawing:
 
 
 def other_colors(palette: int) -> dict[str, tuple[int, int, int]]:
-    """The colors of a palette under the names of COLORS, which are true of palette 0 only."""
+    """The colors of a palette under the names of COLORS, which are true of palette 0 only.
+
+    Those of a negative one are alike.
+    """
     if not palette:
         return COLORS
     rng, colors = random.Random(f"palette {palette}"), []
+    lowest, width, least = (0, 0, 0), 256, 60  # people can tell them apart
+    if palette < 0:
+        lowest, width, least = [rng.randrange(136) for _ in range(3)], 120, 40
     while len(colors) < len(COLORS):
-        color = tuple(rng.randrange(256) for _ in range(3))
-        if all(math.dist(color, other) > 60 for other in colors):  # people can tell them apart
+        color = tuple(low + rng.randrange(width) for low in lowest)
+        if all(math.dist(color, other) > least for other in colors):
             colors.append(color)
     return dict(zip(COLORS, colors, strict=True))
 

@@ -7,7 +7,6 @@ Copy this file with generator.py, backbone.py and liveedit.py; it needs torch an
 B batch       T sequence length      V vision tokens
 D hidden size of the model           M module width     Q learned queries (R or K of them)
 N experts     R rank of an expert    K feature slots    H attention heads
-In einsums: b batch, n experts, k slots, m module width.
 """
 
 import math
@@ -247,7 +246,7 @@ def text_similarity(text: Tensor, keys: Tensor) -> Tensor:
 
     Dot products rescaled by sqrt(M), averaged over the K slots.
     """
-    return torch.einsum("bkm,nkm->bn", text, keys) / (keys.shape[1] * keys.shape[2] ** 0.5)
+    return text.flatten(1) @ keys.flatten(1).T / (keys.shape[1] * keys.shape[2] ** 0.5)
 
 
 def superseded(same_fact: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ loud. Behaviour is tested with an editor trained here for some seconds.
 import asyncio
 import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -1697,12 +1698,20 @@ def test_training_draws_in_many_colors_and_invents_pictures():
     others = [p for p in pictures if isinstance(p, (Invented, Emoji))]
     assert 0 in palettes and len(palettes) > 1 and len(others) == 1200
     assert drawn.Drawing(drawn.SCENES[0], 1, 7).open() != drawn.Drawing(drawn.SCENES[0], 1).open()
+    colors, alike = (drawn.other_colors(palette).values() for palette in (7, -7))
+    for least, most, chosen in ((60, 256, colors), (40, 120, alike)):
+        assert all(math.dist(a, b) > least for a, b in itertools.combinations(chosen, 2))
+        assert all(max(part) - min(part) < most for part in zip(*chosen, strict=True))
     for sample in samples:
         again = sample.queries["modal_generality"]
         assert again.image != sample.edit.image and again.target == sample.edit.target
         assert sample.edit.fact not in sample.untouched_facts()
         assert sample.queries["same_image"].prompt != sample.edit.prompt
         assert sample.queries["same_image"].image == sample.edit.image
+        near = sample.queries.get("similar_image")
+        if near and isinstance(near.image, Emoji):
+            assert near.image.thing != sample.edit.image.thing
+            assert near.image.open().tobytes() != sample.edit.image.open().tobytes()
     assert {sample.edit.prompt for sample in samples} & set(drawn.OTHER_QUESTIONS)
 
 

@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 
 from data import EditSample, ImageFile, Query
@@ -56,6 +57,22 @@ class Emoji:
 def emoji_sheet() -> Image.Image:
     """The sheet of emoji: things in rows, by Noto (Apache-2.0) left, Twemoji (CC-BY 4.0) right."""
     return Image.open(FOLDER / "emoji.webp").convert("RGB")
+
+
+@lru_cache
+def look_alikes() -> list[list[Emoji]]:
+    """For each emoji, one artist's behind the other's, eight of other things that look like it.
+
+    By few pixels; a few families are drawn with the very same, these are left out.
+    """
+    emoji = [Emoji(thing, artist) for artist in range(2) for thing in range(EMOJI)]
+    small = [one.open().resize((12, 12), Image.Resampling.BOX) for one in emoji]
+    looks = np.stack([np.asarray(image) for image in small]).reshape(len(emoji), -1) / 255
+    lengths = (looks**2).sum(1)
+    apart = lengths[:, None] + lengths - 2 * looks @ looks.T
+    things = np.array([one.thing for one in emoji])
+    apart[(things[:, None] == things) | (apart < 0.2)] = np.inf
+    return [[emoji[i] for i in nearest] for nearest in np.argsort(apart, axis=1)[:, :8]]
 
 
 @dataclass(frozen=True, order=True)
@@ -142,23 +159,20 @@ def picture_samples(count: int, seed: str) -> list[EditSample]:
             another = rng.choice(families)
         if rng.random() > NAMING_SHARE:  # any question may be edited, or the router learns which
             asking, another = another, asking
-        picture = other = _any_picture(rng)
-        while _shows(other) == _shows(picture):
-            other = _any_picture(rng)
+        picture = _any_picture(rng)
         again = View(picture, rng.randrange(2**31))
-        if isinstance(picture, Emoji):  # things stand in an order of kinds: a neighbor is alike
-            near = replace(picture, thing=(picture.thing + rng.randint(1, 20)) % EMOJI)
+        if isinstance(picture, Emoji):
+            near = rng.choice(look_alikes()[picture.thing + EMOJI * picture.artist])
             if rng.random() < 0.2:
                 again = replace(picture, artist=1 - picture.artist)
         else:
             near = replace(picture, **{rng.choice(("forms", "colors")): rng.randrange(2**31)})
-        prompt, rephrased, asked = (rng.choice(asking) for _ in range(3))
+        prompt, rephrased = rng.choice(asking), rng.choice(asking)
         fact, target = _shows(picture), varied_target(rng, TRAINING_SHARES, held_out=False)
         queries = {
             "reliability": Query(picture, prompt, target, fact),
             "text_generality": Query(picture, rephrased, target, fact),
             "modal_generality": Query(again, prompt, target, fact),
-            "modal_locality": Query(other, asked, "yes", _shows(other)),
             "same_image": Query(picture, rng.choice(another), "yes", (seed, number)),
             "similar_image": Query(near, prompt, "yes", _shows(near)),
         }
@@ -180,8 +194,8 @@ def _any_picture(rng: random.Random) -> Emoji | Invented:
 def training_samples(count: int, seed: int) -> list[EditSample]:
     """Samples for training an editor, as several streams over the training scenes.
 
-    Every third stream is painted in a palette of its own, and PICTURES_SHARE of all samples are
-    about other pictures: an editor that knew twelve colors and shapes would confuse all others.
+    Every third stream is painted in a palette of alike colors, and PICTURES_SHARE of all samples
+    are about other pictures: an editor that knew twelve colors and shapes would confuse all others.
     Each keeps the edit, one generality query (another picture, mostly in other words too), one
     query about a picture that is not edited, and one that asks something else about the edited one,
     half of them or more from OTHERS: for the same work, more different samples teach more than more
@@ -192,12 +206,14 @@ def training_samples(count: int, seed: int) -> list[EditSample]:
     mixed = picture_samples(others, f"pictures {seed}")
     for number, start in enumerate(range(0, count - others, len(scenes))):
         size, name = min(len(scenes), count - others - start), f"training {seed} {start}"
-        palette = 1000 * seed + number if number % 3 == 1 else 0
+        palette = -(1000 * seed + number) if number % 3 == 1 else 0
         mixed += drawn_samples(size, scenes, name, False, TRAINING_SHARES, palette)
     rng, samples = random.Random(f"queries {seed}"), []
     rng.shuffle(mixed)
     for sample in mixed:
-        untouched = rng.choice(("modal_locality", "similar_image"))
+        # Of other pictures the batch is full, so of emoji there are look-alikes only.
+        others = [name for name in ("modal_locality", "similar_image") if name in sample.queries]
+        untouched = rng.choice(others)
         names = ("reliability", "modal_generality", untouched, "same_image")
         queries = {name: sample.queries[name] for name in names}
         if rng.random() < 0.5:
