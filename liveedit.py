@@ -191,7 +191,7 @@ class LiveEdit(nn.Module):
             raise ValueError("each edit needs a row with an image, a prompt and labels")
         with plain_mode(hidden.device):
             U, V = self._experts_of(states)
-            prompt, image = Rows.gather(hidden, masks.prompt), Rows.gather(hidden, masks.image)
+            prompt, image = Rows(hidden, masks.prompt), Rows(hidden, masks.image)
             visual_keys = self.router.visual_key(prompt, image)
             text_keys = self.router.text_key(prompt)
         return {"U": U, "V": V, "visual_keys": visual_keys, "text_keys": text_keys}
@@ -305,7 +305,7 @@ class LiveEdit(nn.Module):
         if not prompt[image.any(1)].any(1).all():
             raise ValueError("a row with an image has no prompt: labels must be -100 on the prompt")
         with plain_mode(hidden.device), self._lock:
-            rows = (Rows.gather(hidden.float(), mask) for mask in (prompt, image))
+            rows = (Rows(hidden.float(), mask) for mask in (prompt, image))
             keys = self.experts.rows("visual_keys"), self.experts.rows("text_keys")
             routing = self.router.route(self.router.features(*rows), *keys, image.any(1))
             edited = routing.weights.any(1).nonzero().flatten()

@@ -26,10 +26,10 @@ LEAST_WEIGHT = 0.1  # sigmoid of an expert's text score, below which it is not u
 
 
 class Rows(NamedTuple):
-    """Hidden states of one kind for each query, padded on the right."""
+    """Hidden states of each query, and which of them are meant; None: all."""
 
     states: Tensor  # (B, T, D)
-    mask: Tensor | None  # (B, T), True on real rows
+    mask: Tensor | None  # (B, T)
 
     def select(self, rows: Tensor) -> "Rows":
         """Take the given queries."""
