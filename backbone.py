@@ -563,11 +563,11 @@ class InputFormat:
         seen = [t for t in range(end) if attended[t]]
         words = {t for t in seen if self._is_word(ids[t])}
         images = [t for t in seen if ids[t] == self.image_token_id]
-        # No answer opens a turn.
-        said = [i if a and not b else IGNORE for i, a, b in zip(ids, attended, answer, strict=True)]
-        openings = _starts_of(opening, said)
-        turns = [t + len(question) for t in _starts_of(question, said) if openings[:1] < [t]]
-        turn = max([t for t in turns if openings and t < end], default=0)  # the last one
+        asked = [ids[t] if attended[t] and not answer[t] else IGNORE for t in range(end)]
+        openings = _starts_of(opening, asked)  # no answer opens a turn
+        first = min(openings, default=end)
+        turns = [t + len(question) for t in _starts_of(question, asked) if t > first]
+        turn = max([t for t in turns if t < end], default=0)  # where the last one begins
         reply = min([t for t in openings if t >= turn], default=end)
 
         last = max(images, default=-1)
