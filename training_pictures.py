@@ -211,9 +211,9 @@ def training_samples(count: int, seed: int) -> list[EditSample]:
     rng, samples = random.Random(f"queries {seed}"), []
     rng.shuffle(mixed)
     for sample in mixed:
-        # Of other pictures the batch is full, so of emoji there are look-alikes only.
-        others = [name for name in ("modal_locality", "similar_image") if name in sample.queries]
-        untouched = rng.choice(others)
+        # Pictures of no scene have the near one only: of far ones the batch is full.
+        pictured = [name for name in ("modal_locality", "similar_image") if name in sample.queries]
+        untouched = rng.choice(pictured)
         names = ("reliability", "modal_generality", untouched, "same_image")
         queries = {name: sample.queries[name] for name in names}
         if rng.random() < 0.5:
