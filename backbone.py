@@ -61,12 +61,6 @@ def with_hidden(output: Tensor | tuple, hidden: Tensor) -> Tensor | tuple:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def arguments_of(module: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """Name the positional arguments of a call."""
-    names = list(inspect.signature(module.forward).parameters) if args else []
-    return dict(zip(names, args, strict=False)) | kwargs
-
-
 def first_of(values: dict, *names: str):
     """Take the first of these arguments that was given."""
     return next((values[name] for name in names if values.get(name) is not None), None)
@@ -125,12 +119,6 @@ class _Stop(Exception):
     """Ends a call of the model when all that is needed has been seen."""
 
 
-class _Noted(threading.local):
-    """What is known of one thread's call of the model: several may call it at once."""
-
-    call: dict | None = None  # its arguments, until the edit layer runs
-
-
 class FrozenModel:
     """A vision-language model cut at the edit layer: its hooks, the layers below, those above."""
 
@@ -141,7 +129,8 @@ class FrozenModel:
         self._edit: Callable | None = None
         self._handles: list = []
         self._wanted: list[nn.Parameter] = []  # parameters that wanted gradients before attach
-        self._noted = _Noted()
+        # Arguments of a call of the model until its edit layer runs; each thread has its own.
+        self._call: ContextVar[dict | None] = ContextVar("call", default=None)
         # Is this asyncio task, or the one that started this thread by asyncio, within `disabled()`?
         # A plain thread does not know (None), and follows the blocks that are open anywhere.
         self._disabled: ContextVar[bool | None] = ContextVar("disabled", default=None)
@@ -189,7 +178,6 @@ class FrozenModel:
             self._handles.pop().remove()
         while self._wanted:
             self._wanted.pop().requires_grad_(True)
-        self._noted = _Noted()
         return self.model
 
     @contextlib.contextmanager
@@ -209,19 +197,21 @@ class FrozenModel:
         if model is not self.model:
             remedy = "call the model itself, or detach() the editor before you copy"
             raise RuntimeError(f"this is a copy or replica of a model with an editor; {remedy}")
-        self._noted.call = arguments_of(model, args, kwargs)
+        names = inspect.signature(model.forward).parameters if args else []
+        self._call.set(dict(zip(names, args, strict=False)) | kwargs)
 
     def _after_model(self, *_) -> None:
         """Leave nothing behind of a call that failed below the edit layer."""
-        self._noted.call = None
+        self._call.set(None)
 
     def _before_embedding(self, embedding: nn.Module, args: tuple) -> None:
-        if args and self._noted.call is None:
-            self._noted.call = {"input_ids": args[0]}
+        if args and self._call.get() is None:
+            self._call.set({"input_ids": args[0]})
 
     def _after_layer(self, layer: nn.Module, args: tuple, kwargs: dict, output):
         """Ask the editor for other hidden states."""
-        call, self._noted.call = self._noted.call, None
+        call = self._call.get()
+        self._call.set(None)
         hidden, cache = hidden_of(output), first_of(kwargs, *CACHES)
         ids = call and call.get("input_ids")
         if ids is not None and len(ids) < len(hidden):  # of beams
@@ -243,7 +233,7 @@ class FrozenModel:
         """Embed tokens (n,) as the model reads them before any layer, (n, D)."""
         embeddings = self.model.get_input_embeddings()
         embedded = embeddings(tokens.to(device_of(embeddings))).float().to(tokens.device)
-        self._noted.call = None  # this was none
+        self._call.set(None)  # this was none
         return embedded
 
     def record(self, inputs: dict, above: bool) -> tuple[Tensor, list[tuple]]:

@@ -12,8 +12,8 @@ One edit sample of the drawn world, shortened:
     queries["similar_image"]     <a red star on green>        "What shape is this?"   as before
     queries["no_image"]          no picture                   "What shape is this?"   as before
 
-The last three are hard locality. Other kinds of targets: "captions", "novel_names" (made-up words)
-and "open" (English words, names, numbers, phrases). This module knows neither editors nor models.
+The last three are hard locality. Other kinds: "captions", "novel_names" (made-up words), "open"
+(English words, names, numbers, phrases). This module knows neither editors nor models.
 """
 
 import json
@@ -127,11 +127,6 @@ def normalise(text: str) -> str:
     return " ".join([word for word in bare if word not in ("a", "an", "the")] or bare or words)
 
 
-def token_accuracy(predicted: list[int], expected: list[int]) -> float:
-    """Teacher-forced: the share of answer tokens (without the end) whose argmax is as expected."""
-    return sum(p == e for p, e in zip(predicted, expected, strict=True)) / len(expected)
-
-
 @dataclass
 class Answer:
     """What the model says to one query, and the edits that it used."""
@@ -143,12 +138,15 @@ class Answer:
 
 
 def score(name: str, query: Query, before: Answer, after: Answer) -> tuple[float, float]:
-    """Score (teacher-forced, free-running) in [0, 1]: by the target, locality by what was said."""
-    said = normalise(after.generated)
+    """Score an answer (teacher-forced, free-running), by the target; locality by what was said.
+
+    Teacher-forced: the share of the target's tokens whose argmax is as expected.
+    """
+    expected, said = after.target, query.target
     if name in LOCALITY_QUERIES:
-        same = said == normalise(before.generated)
-        return token_accuracy(after.predicted, before.predicted), float(same)
-    return token_accuracy(after.predicted, after.target), float(said == normalise(query.target))
+        expected, said = before.predicted, before.generated
+    hits = [p == e for p, e in zip(after.predicted, expected, strict=True)]
+    return sum(hits) / len(hits), float(normalise(after.generated) == normalise(said))
 
 
 # What is reported of each query, averaged: scores, then how the router chose, in per cent.
@@ -297,15 +295,14 @@ def without_picture(prompt: str) -> str:
 def check_pictures(samples: list[EditSample]) -> int:
     """Decode every picture file once and count them. Raises ValueError that names the broken."""
     queries = [query for sample in samples for query in sample.queries.values()]
-    paths = sorted({query.image.path for query in queries if query.image})
-    broken = []
-    for path in paths:
+    pictures, broken = {query.image for query in queries if query.image}, []
+    for picture in pictures:
         try:
-            ImageFile(path).open()
+            picture.open()
         except OSError:
-            broken.append(str(path))
-    complain("missing pictures, or such as cannot be decoded", broken)
-    return len(paths)
+            broken.append(str(picture.path))
+    complain("missing pictures, or such as cannot be decoded", sorted(broken))
+    return len(pictures)
 
 
 def _queries(record: dict, root: Path, edited: set[str], official: str | None) -> dict[str, Query]:

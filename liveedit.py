@@ -15,7 +15,6 @@ Copy this file with generator.py, router.py and backbone.py into another codebas
 B rows of a batch, T sequence, D hidden size, N experts, R rank, K slots, M module width.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -243,10 +242,7 @@ class LiveEdit(nn.Module):
         return self.frozen.detach()
 
     def disabled(self):
-        """Give a context in which the model is the original, exactly.
-
-        It holds for the block itself, also through asyncio, and for plain threads while it is open.
-        """
+        """Give a context in which the model is the original: see `FrozenModel.disabled`."""
         return self.frozen.disabled()
 
     def _edited(self, hidden: Tensor, call: dict | None, cache, decoding: bool) -> Tensor | None:
@@ -616,8 +612,8 @@ def write_whole(file: Path, write: Callable) -> None:
     """
     file = file.resolve()
     draft = file.with_name(f"{file.name}.{uuid.uuid4().hex}.new")  # others may save here too
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "wb") as opened:
             write(opened)
             opened.flush()
@@ -626,8 +622,7 @@ def write_whole(file: Path, write: Callable) -> None:
     except (OSError, RuntimeError) as error:  # torch.save has its own words for a full disk
         raise OSError(f"{file} could not be written: {error}") from error
     finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+        draft.unlink(missing_ok=True)
 
 
 def read_saved(file: Path) -> tuple[dict, list[Edit], dict[str, dict[str, Tensor]]]:

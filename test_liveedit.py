@@ -1874,10 +1874,6 @@ def python(*words, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(line, timeout=400, **form)
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    return python("run.py", *arguments)
-
-
 def refusal(capsys, *arguments: str) -> str:
     """What the program says when it ends before its work."""
     with pytest.raises(SystemExit) as stopped:
@@ -1922,7 +1918,7 @@ def metrics_of(folder: Path) -> dict:
 def small_run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
     arguments = ["--edits", "12", "--train-steps", "20", "--train-samples", "60"]
-    result = command(*arguments, "--batch-size", "6", "--out", out)
+    result = python("run.py", *arguments, "--batch-size", "6", "--out", out)
     assert result.returncode == 0 and "12 edits" in result.stdout, result.stderr
     return out
 
@@ -1964,7 +1960,7 @@ def test_the_main_job_runs_on_benchmark_files(tmp_path):
     options += ["--train-steps", 2, "--batch-size", 3, "--expert-batch-size", 2, "--blend"]
     options += ["--eval-batch-size", 7, "--dtype", "float16", "--device", "cpu", "--seed", 3]
     out = ["--out", tmp_path / "out"]
-    result = command("--data", "vlkeb-onehop", "--data-root", root, *options, *out)
+    result = python("run.py", "--data", "vlkeb-onehop", "--data-root", root, *options, *out)
     assert result.returncode == 0, result.stderr
     assert "Port" in result.stdout
     metrics = metrics_of(tmp_path / "out")
@@ -1977,7 +1973,7 @@ def test_the_main_job_runs_on_benchmark_files(tmp_path):
 def test_a_dry_run_says_what_it_found_and_loads_nothing(tmp_path, capsys):
     folder = tmp_path / "no weights"
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    result = command("--model", folder, "--dry-run", *FEW)
+    result = python("run.py", "--model", folder, "--dry-run", *FEW)
     assert result.returncode == 0 and "edit layer 2" in result.stdout, result.stderr
     arguments = ("--model", str(folder), *FEW, "--out", str(tmp_path / "out"))
     assert "safetensors" in refusal(capsys, *arguments)
