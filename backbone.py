@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,10 @@ IGNORE = -100  # the label of tokens that are no answer, by Hugging Face's conve
 CACHES = ("cache", "past_key_values", "layer_past")  # names of the KV cache, the newest first
 PICTURES = ("pixel_values", "mm_encoder_outputs")  # names of what a call's pictures come as
 NORMS = ("norm", "final_layer_norm", "embedding_norm")  # names of the norm behind the layers
+# The models that are disabled here. Asyncio's tasks and threads inherit it from whoever imported
+# this file; a plain thread does not (None), and follows the blocks that are open anywhere.
+DISABLED: ContextVar[frozenset | None] = ContextVar("disabled", default=None)
+DISABLED.set(frozenset())
 
 
 # ------------------------------------------------------------------------------ the model's parts
@@ -131,10 +135,7 @@ class FrozenModel:
         self._wanted: list[nn.Parameter] = []  # parameters that wanted gradients before attach
         # Arguments of a call of the model until its edit layer runs; each thread has its own.
         self._call: ContextVar[dict | None] = ContextVar("call", default=None)
-        # Is this asyncio task, or the one that started this thread by asyncio, within `disabled()`?
-        # A plain thread does not know (None), and follows the blocks that are open anywhere.
-        self._disabled: ContextVar[bool | None] = ContextVar("disabled", default=None)
-        self._disabled_blocks = 0
+        self._disabled_blocks = 0  # how many are open
 
     def __reduce__(self):
         remedy = "detach() the editor, and keep it by save_pretrained"
@@ -153,8 +154,6 @@ class FrozenModel:
             if isinstance(other := getattr(hook, "__self__", None), FrozenModel):
                 other.detach()
                 warnings.warn("the editor that was attached here is detached", stacklevel=3)
-        if self._disabled.get() is None:
-            self._disabled.set(False)
         self._edit, model, layer = edit, self.model, self.edit_layer
         self._handles = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -178,19 +177,20 @@ class FrozenModel:
             self._handles.pop().remove()
         while self._wanted:
             self._wanted.pop().requires_grad_(True)
+        self._call.set(None)
         return self.model
 
     @contextlib.contextmanager
     def disabled(self):
         """Inside, the model is the original, exactly: for this block, and for plain threads."""
-        before = self._disabled.get()
-        self._disabled.set(True)
+        before = DISABLED.get()
+        DISABLED.set((before or frozenset()) | {self})
         self._disabled_blocks += 1
         try:
             yield self.model
         finally:
             self._disabled_blocks -= 1
-            self._disabled.set(before)
+            DISABLED.set(before)
 
     def _before_model(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note the arguments of the call: the decoder layers do not see input_ids."""
@@ -201,11 +201,12 @@ class FrozenModel:
         self._call.set(dict(zip(names, args, strict=False)) | kwargs)
 
     def _after_model(self, *_) -> None:
-        """Leave nothing behind of a call that failed below the edit layer."""
+        """Leave nothing behind of a call that failed below the edit layer, but for an interrupt."""
         self._call.set(None)
 
     def _before_embedding(self, embedding: nn.Module, args: tuple) -> None:
-        if args and self._call.get() is None:
+        call = self._call.get() or {}
+        if args and call.get("input_ids") is not args[0]:  # there is none, or one that failed
             self._call.set({"input_ids": args[0]})
 
     def _after_layer(self, layer: nn.Module, args: tuple, kwargs: dict, output):
@@ -219,13 +220,18 @@ class FrozenModel:
         # A cache's length includes this call: a longer one is decoding. Paged caches tell none.
         length = getattr(cache, "get_seq_length", None)
         decoding = length is not None and int(length()) > hidden.shape[1]
-        disabled = self._disabled.get()
-        if disabled is None:  # what a plain thread has begun goes on as it is
-            began = getattr(cache, "liveedit_disabled", False)
-            disabled = began if decoding else self._disabled_blocks > 0
-        if cache is not None and not decoding:
-            cache.liveedit_disabled = disabled
+        known = DISABLED.get()
+        if known is not None:
+            disabled = self in known
+        elif decoding:  # what a plain thread has begun goes on as it is
+            disabled = getattr(cache, "liveedit_disabled", False)
+        else:
+            disabled = self._disabled_blocks > 0
+        if disabled and decoding and getattr(cache, "liveedit_changed", False):
+            raise RuntimeError("this KV cache was filled with edits; prefill it again")
         changed = None if disabled else self._edit(hidden, call, cache, decoding)
+        if cache is not None and not decoding:
+            cache.liveedit_disabled, cache.liveedit_changed = disabled, changed is not None
         return None if changed is None else with_hidden(output, changed)
 
     @torch.no_grad()
@@ -274,12 +280,12 @@ class FrozenModel:
         inputs = {key: value for key, value in inputs.items() if key not in left_out}
         # Qwen-VL keeps what its last prefill found about positions for the decoding steps.
         kept = {m: m.rope_deltas for m in self.model.modules() if hasattr(m, "rope_deltas")}
-        before = self._disabled.set(True)
+        before = DISABLED.set((DISABLED.get() or frozenset()) | {self})
         try:
             with plain_mode(inputs["input_ids"].device):
                 return self.model(**inputs, use_cache=False).logits
         finally:
-            self._disabled.reset(before)
+            DISABLED.reset(before)
             for module, value in kept.items():
                 module.rope_deltas = value
 
@@ -327,7 +333,7 @@ class InputFormat:
     def __init__(self, model: nn.Module, processor, prompt_style: str):
         self.model, self.processor, self.prompt_style = model, processor, prompt_style
         self.image_token_id, self.tokenizer = model.config.image_token_id, None
-        self._words: dict[int, bool] = {}  # which tokens are words, as far as they were met
+        self._is_word = cache(self._is_word)  # few tokens, asked for at each prefill
         if processor is None:  # all inputs are made elsewhere
             return
         if not hasattr(processor, "tokenizer"):
@@ -426,9 +432,8 @@ class InputFormat:
 
     def _append_targets(self, inputs: dict, targets: list[str]) -> dict:
         """Put the targets' tokens behind the prompts, padded on the right, and labels on them."""
-        ids, rows = inputs["input_ids"], []
-        for target, prompt in zip(targets, ids.tolist(), strict=True):
-            rows.append(self._target_tokens(target, prompt[-1]))
+        ids = inputs["input_ids"]
+        rows = list(map(self._target_tokens, targets, ids[:, -1].tolist()))
         length = max(map(len, rows))
         labels = torch.tensor([row + [IGNORE] * (length - len(row)) for row in rows])
         present = labels != IGNORE
@@ -475,10 +480,6 @@ class InputFormat:
         """Tell whether any row of input_ids (B, T) has an image token."""
         return bool((ids == self.image_token_id).any())
 
-    def masks_of(self, inputs: dict) -> RowMasks:
-        """Find the image, prompt and answer rows: of a chat, those of its last question."""
-        return self._last_question(inputs)[1]
-
     def asked_alone(self, inputs: dict) -> tuple[dict, RowMasks]:
         """Leave out all of a chat but its last question and the picture that it is about.
 
@@ -486,8 +487,8 @@ class InputFormat:
         as if it were asked alone, about the last picture before it. Returns the inputs, themselves
         where nothing is left out, with their image, prompt and answer rows.
         """
-        ids, attended, labels = self._per_token(inputs)
-        shown, masks = self._last_question(inputs)
+        ids, attended, labels = self.per_token(inputs)
+        shown, masks = self.last_question(inputs)
         if inputs.get("inputs_embeds") is not None or torch.equal(shown, attended):
             return inputs, masks
         # Earlier pictures stay, in front and unseen: what the model reads of them comes in order.
@@ -500,16 +501,16 @@ class InputFormat:
             alone[key] = value[rows, order] if per_token else value
         alone["attention_mask"] = shown[rows, order].long()
         alone.pop("position_ids", None)  # they are of the whole chat
-        if inputs.get("labels") is not None:
-            alone["labels"] = labels.masked_fill(~shown, IGNORE)[rows, order]
+        alone["labels"] = labels.masked_fill(~shown, IGNORE)[rows, order]
         make = getattr(getattr(self.model, "model", None), "get_rope_index", None)
         if make is not None and (image & ~shown).any():
-            # Qwen-VL would count the unseen pictures.
+            # Qwen-VL would count the unseen pictures; so the question keeps its place behind them.
             known = {k: v for k, v in inputs.items() if k in inspect.signature(make).parameters}
             alone["position_ids"] = make(**known)[0][:, rows, order]
-        return alone, self._last_question(alone)[1]
+        masks = masks._replace(answer=masks.answer & shown)
+        return alone, RowMasks(*(mask[rows, order] for mask in masks))
 
-    def _per_token(self, inputs: dict) -> tuple[Tensor, Tensor, Tensor]:
+    def per_token(self, inputs: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Give input_ids, which of them are attended to, and labels, each (B, T)."""
         ids, mask, labels = (inputs.get(k) for k in ("input_ids", "attention_mask", "labels"))
         if isinstance(mask, dict):  # one for each kind of layer
@@ -524,12 +525,12 @@ class InputFormat:
         # With logits_to_keep they are those of the last tokens.
         return ids, mask.bool(), F.pad(labels, (ids.shape[1] - labels.shape[1], 0), value=IGNORE)
 
-    def _last_question(self, inputs: dict) -> tuple[Tensor, RowMasks]:
+    def last_question(self, inputs: dict) -> tuple[Tensor, RowMasks]:
         """Mark what asks the last question of a chat (B, T), and find the rows of that question.
 
         Raises RuntimeError where nothing tells the prompt from what was generated.
         """
-        ids, attended, labels = self._per_token(inputs)
+        ids, attended, labels = self.per_token(inputs)
         answer = labels != IGNORE
         rows = zip(ids.tolist(), attended.tolist(), answer.tolist(), strict=True)
         marks = torch.tensor([self._last_question_of(*row) for row in rows], dtype=torch.bool)
@@ -545,9 +546,9 @@ class InputFormat:
     ) -> list[list[bool]]:
         """Mark the tokens of a row that ask the last question, its image, prompt, and reply.
 
-        It is asked by how the chat begins, the last picture before it, and its own words. Prompt is
-        what stands behind the image, or, where that follows the question or there is none, all but
-        the leading special tokens, up to where the reply has been opened.
+        Asking are the chat's first tokens, the last picture, and the last turn. Prompt is what
+        stands behind the image, or, where that follows the question or there is none, all but the
+        leading special tokens, up to where the reply has been opened.
         """
         (head, question, opening), end = self._openings, len(ids)
         seen = [t for t in range(end) if attended[t]]
@@ -567,7 +568,7 @@ class InputFormat:
         shown = set(seen)
         if images and self.tokenizer is not None and (turn or images[0] < picture):
             asks = any(behind <= t < reply and not answer[t] for t in words)
-            own = max(turn, behind if asks else 0)
+            own = max(turn, behind if asks else 0)  # where the question's own words begin
             shown = {t for t in seen if t >= own or picture <= t < behind}
             for t, token in zip(seen, head, strict=False):
                 if ids[t] != token:
@@ -584,14 +585,11 @@ class InputFormat:
 
     def _is_word(self, token: int) -> bool:
         """Tell whether a token is neither special, nor white space, nor image."""
-        if token not in self._words:
-            if self.tokenizer is None:
-                text = self.model.config.get_text_config()
-                word = token not in (text.bos_token_id, text.pad_token_id)
-            else:
-                word = bool(self.tokenizer.decode([token], skip_special_tokens=True).strip())
-            self._words[token] = word and token != self.image_token_id
-        return self._words[token]
+        if self.tokenizer is None:
+            text = self.model.config.get_text_config()
+            return token not in (text.bos_token_id, text.pad_token_id, self.image_token_id)
+        said = self.tokenizer.decode([token], skip_special_tokens=True).strip()
+        return bool(said) and token != self.image_token_id
 
     @cached_property
     def _openings(self) -> tuple[list[int], list[int], list[int]]:
@@ -607,16 +605,14 @@ class InputFormat:
             for start, end in map(between.span, (1, 2, 3)):
                 first, last = (encoded.char_to_token(i) for i in (start, end - 1))
                 found.append(encoded.input_ids[first : last + 1] if start < end else [])
-            opening, reply, question = found
-            return opening if opening[:1] == begin else begin + opening, question, reply
+            head, opening, question = found
+            return head if head[:1] == begin else begin + head, question, opening
         return begin, [], []
 
 
 def _starts_of(part: list[int], ids: list[int]) -> list[int]:
     """Find where these tokens stand one behind the other, by the first of them."""
-    if not part:
-        return []
-    return [t for t in range(len(ids)) if ids[t : t + len(part)] == part]
+    return [t for t in range(len(ids)) if part and ids[t : t + len(part)] == part]
 
 
 def checked_picture(image: Image.Image) -> Image.Image:

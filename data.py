@@ -19,7 +19,7 @@ The last three are hard locality. Other kinds: "captions", "novel_names" (made-u
 import json
 import random
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +64,7 @@ class EditSample:
     """One edit (`queries["reliability"]`) with the queries that test it."""
 
     kind: str
-    queries: dict[str, Query] = field(hash=False)  # those of a training may be fewer
+    queries: dict[str, Query]  # those of a training may be fewer
     source: str = ""  # file and record, to name what is wrong with it
 
     @property
@@ -183,7 +183,8 @@ def table(rows: list[dict]) -> str:
     for what in FIGURES:
         lines.append(f"{what.replace('_', '-'):<16}" + "".join(f"{COLUMNS[n]:>9}" for n in names))
         for label, row in labelled.items():
-            values = ["-" if row[what][n] is None else f"{row[what][n]:.1f}" for n in names]
+            values = [row[what].get(name) for name in names]  # no Port, or None: nobody asked
+            values = ["-" if value is None else f"{value:.1f}" for value in values]
             lines.append(f"{label:<16}" + "".join(f"{value:>9}" for value in values))
         lines.append("")
     lines.append("own-edit, other-edits: how many queries use their sample's edit, or another one.")
@@ -228,11 +229,10 @@ def benchmark_files(data: str, root: Path | None = None) -> tuple[Path, Path, Pa
             raise ValueError(f"--data {data} needs --data-root, the folder of {known.eval}")
         train_file, eval_file = root / known.train, root / known.eval
         folders = [root / name for name in known.images]
-    elif path.suffix == ".json":
-        train_file, eval_file = path.with_name(path.name.replace("eval", "train")), path
-        folders = [(root or path.parent) / "images"]
     else:
-        train_file, eval_file, folders = path / "train.json", path / "eval.json", [path / "images"]
+        eval_file = path if path.suffix == ".json" else path / "eval.json"
+        train_file = eval_file.with_name(eval_file.name.replace("eval", "train"))
+        folders = [eval_file.parent / "images"]
     if not eval_file.is_file():
         remedy = f"--data takes {', '.join(BENCHMARKS)}, a folder or a .json file"
         raise FileNotFoundError(f"there is no annotation file {eval_file}; {remedy}")

@@ -74,7 +74,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Scene:
     """What a picture shows; size, place and angle are no part of it."""
 
@@ -182,18 +182,14 @@ OPPOSITES = tuple(tuple(pair.split()) for pair in OPPOSITES.split(","))
 
 def text_questions() -> list[tuple[str, str, str]]:
     """All text-only questions of the world as (family, question, answer)."""
+    plus = ("What is {} plus {}?", "How much is {} plus {}?", "Add {} and {}.")
+    minus = ("What is {} minus {}?", "How much is {} minus {}?", "Take {1} from {0}.")
     questions = []
     for a in range(13):
         for b in range(13):
-            for form in ("What is {} plus {}?", "How much is {} plus {}?", "Add {} and {}."):
-                questions.append(("arithmetic", form.format(a, b), str(a + b)))
+            questions += [("arithmetic", form.format(a, b), str(a + b)) for form in plus]
             if a >= b:
-                for form in (
-                    "What is {} minus {}?",
-                    "How much is {} minus {}?",
-                    "Take {1} from {0}.",
-                ):
-                    questions.append(("arithmetic", form.format(a, b), str(a - b)))
+                questions += [("arithmetic", form.format(a, b), str(a - b)) for form in minus]
     for one, other in OPPOSITES:
         for word, answer in ((one, other), (other, one)):
             for form in ("What is the opposite of {}?", "Name the opposite of {}."):
@@ -297,7 +293,7 @@ def _word(rng: random.Random, held_out: bool) -> str:
 
 # --------------------------------------------------------------------------- the drawn benchmark
 
-EVAL_SHARE = 0.4  # of the scenes; the rest is for the editor's training
+EVAL_SCENES = 0.4  # share of the scenes; the rest is for the editor's training
 
 
 def _neighbors(scene: Scene) -> list[Scene]:
@@ -311,7 +307,7 @@ def _neighbors(scene: Scene) -> list[Scene]:
 def split_scenes() -> tuple[list[Scene], list[Scene]]:
     """(training scenes, evaluation scenes), disjoint, the same for every seed."""
     scenes = random.Random("split").sample(SCENES, len(SCENES))
-    cut = round(EVAL_SHARE * len(scenes))
+    cut = round(EVAL_SCENES * len(scenes))
     return scenes[cut:], scenes[:cut]
 
 

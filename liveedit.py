@@ -15,6 +15,7 @@ Copy this file with generator.py, router.py and backbone.py into another codebas
 B rows of a batch, T sequence, D hidden size, N experts, R rank, K slots, M module width.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,7 +35,6 @@ from torch import Tensor, nn
 
 from backbone import (
     CACHES,
-    IGNORE,
     PICTURES,
     FrozenModel,
     InputFormat,
@@ -159,6 +159,8 @@ class LiveEdit(nn.Module):
         what is no edit.
         """
         questions, made = self._checked_edits(questions), []
+        if not questions:
+            return []
         for start in range(0, len(questions), batch_size):
             chunk = questions[start : start + batch_size]
             made.append(self._experts_and_keys(self.capture(chunk, above=False)))
@@ -202,14 +204,11 @@ class LiveEdit(nn.Module):
         return self.generator(states.hidden.float(), image | prompt | answer, answer, embedded)
 
     def _add_edits(self, questions: list[Question], made: list[dict]) -> list[Edit]:
-        if not questions:
-            return []
-        now, edits, tensors = time.time(), [], {}
-        for name in self.experts.shapes:
-            tensors[name] = torch.cat([experts[name] for experts in made])
+        tensors = {name: torch.cat([part[name] for part in made]) for name in made[0]}
+        edits, now = [], time.time()
         with self._lock:
-            for edit_id, (_, prompt, target) in enumerate(questions, self.experts.next_id):
-                edits.append(Edit(edit_id, prompt, target, now))
+            for edit_id, question in enumerate(questions, self.experts.next_id):
+                edits.append(Edit(edit_id, question.prompt, question.target, now))
             self.experts.add(tensors, edits)
         return edits
 
@@ -254,7 +253,9 @@ class LiveEdit(nn.Module):
             route = self._route(call, hidden)
             if cache is not None:
                 cache.liveedit_route = route
-        return None if route is None or route.routing is None else self._add_residual(hidden, route)
+        if route is None or route.routing is None:
+            return None
+        return self._add_residual(hidden, route)
 
     def _follow(self, device: torch.device) -> None:
         """Move to where the model's edit layer computes: the model may have been moved."""
@@ -273,7 +274,7 @@ class LiveEdit(nn.Module):
         ids, pictures = call.get("input_ids"), first_of(call, *PICTURES)
         # One token without pictures, the usual step, is not looked at: a GPU would be waited for.
         if several or pictures is not None:
-            if ids is None or several and route.has_image or self._format.has_image(ids):
+            if ids is None or (several and route.has_image) or self._format.has_image(ids):
                 reason = "no chunked prefill, no second turn on an old cache"
                 raise RuntimeError(f"pass the whole prompt, without a KV cache: {reason}")
         if route.routing is not None and len(route.routing.weights) != len(hidden):
@@ -362,7 +363,7 @@ class LiveEdit(nn.Module):
         """
         if isinstance(prompt, str):
             image, prompt, target = [image], [prompt], None if target is None else [target]
-        given = [values for values in (image, prompt, target) if values is not None]
+        given = [image, prompt] if target is None else [image, prompt, target]
         is_list = [isinstance(values, (list, tuple)) for values in given]
         if not prompt or not all(is_list) or len({len(values) for values in given}) > 1:
             raise ValueError("encode takes one image, prompt and target, or a list of each")
@@ -387,14 +388,13 @@ class LiveEdit(nn.Module):
         Raises RuntimeError if the two differ: then training would see another model.
         """
         if above:
-            masks = self._format.masks_of(inputs)
+            masks = self._format.last_question(inputs)[1]
         else:
             inputs, masks = self._format.asked_alone(inputs)
         hidden, calls = self.frozen.record(inputs, above)
         self._follow(hidden.device)
         masks = RowMasks(*(mask.to(hidden.device) for mask in masks))
-        missing = hidden.shape[1] - inputs["labels"].shape[1]
-        labels = F.pad(inputs["labels"], (missing, 0), value=IGNORE)
+        labels = self._format.per_token(inputs)[2]
         states = States(hidden, masks, labels.to(hidden.device), tuple(calls))
         if above and not self._replay_checked:
             self.frozen.check_replay(states, inputs)
@@ -486,8 +486,8 @@ class LiveEdit(nn.Module):
 
         scores and kept (3, E, E): of the rows of each role with the E experts.
         Differs from the paper, which mixes all experts of the batch into each row: in scope a row
-        gets its own and, as when asked, those that the filter keeps. Otherwise the locality loss
-        makes experts timid where the filter will keep them away.
+        gets its own and those that the filter keeps. Otherwise the locality loss makes experts
+        timid where the filter will keep them away.
         """
         (U, V), losses = self._experts_of(triple[0]), {}
         own = torch.eye(len(U), dtype=torch.bool, device=U.device)
@@ -556,8 +556,7 @@ class LiveEdit(nn.Module):
         """
         if unknown := sorted(changes.keys() - {"threshold", "newest_wins"}):
             raise TypeError(f"{unknown[0]} of a trained editor cannot be changed")
-        folder = Path(folder)
-        file = folder / EDITOR_FILE
+        file = Path(folder) / EDITOR_FILE
         if not file.is_file():
             told = "or one of an older version, which must be trained anew"
             raise FileNotFoundError(f"{folder} is no saved editor: it has no {EDITOR_FILE}; {told}")
@@ -612,8 +611,8 @@ def write_whole(file: Path, write: Callable) -> None:
     """
     file = file.resolve()
     draft = file.with_name(f"{file.name}.{uuid.uuid4().hex}.new")  # others may save here too
-    file.parent.mkdir(parents=True, exist_ok=True)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with open(draft, "wb") as opened:
             write(opened)
             opened.flush()
@@ -622,7 +621,8 @@ def write_whole(file: Path, write: Callable) -> None:
     except (OSError, RuntimeError) as error:  # torch.save has its own words for a full disk
         raise OSError(f"{file} could not be written: {error}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def read_saved(file: Path) -> tuple[dict, list[Edit], dict[str, dict[str, Tensor]]]:

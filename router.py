@@ -4,8 +4,8 @@ A visual hard filter drops the experts whose image has nothing to do with the qu
 router weighs the rest; of edits of the same fact the newest counts.
 Copy this file with generator.py, backbone.py and liveedit.py; it needs torch and generator.py only.
 
-B batch       T sequence length      V vision tokens
-D hidden size of the model           M module width     Q learned queries (R or K of them)
+B batch       T sequence length      D hidden size of the model
+M module width                       Q learned queries (R or K of them)
 N experts     R rank of an expert    K feature slots    H attention heads
 """
 
@@ -163,8 +163,8 @@ class Router(nn.Module):
     def sentinel_similarity(self, features: Features) -> Tensor:
         """Compare each query with the sentinel as its own prompt sees it, (B,).
 
-        Differs from the paper: by the cosine, not what the query sees in its image is compared but
-        what its prompt asks for. How alike an unknown image and the sentinel look is noise.
+        Differs from the paper: with the cosine, the sentinel is compared with what the prompt asks
+        for, not with what it sees in its image: how alike an unknown image and it look is noise.
         """
         query = features.asked if self.cosine else features.visual
         return (query * features.sentinel).sum(-1).mean(-1) * self.similarity_scale
@@ -178,8 +178,7 @@ class Router(nn.Module):
         threshold = self.sentinel_similarity(features)
         if self.threshold is not None:
             threshold = torch.full_like(threshold, self.threshold)
-        # Eq. (5): keep expert e iff sim(phi_bar, phi_hat_e) > sim(phi_bar, phi_bar_Theta), where by
-        # the cosine the right side is of what the prompt asks for: `sentinel_similarity`.
+        # Eq. (5): keep expert e iff sim(phi_bar, phi_hat_e) > sim(phi_bar, phi_bar_Theta)
         return threshold, similarity > threshold[:, None]
 
     def route(
@@ -219,7 +218,7 @@ class Router(nn.Module):
     ) -> dict[str, Tensor]:
         """Compute the routing losses of n queries: Eq. (13), Eq. (15) and Eq. (16).
 
-        similarity (n, B) with the visual keys of B edits, whose text_keys come before others;
+        similarity (n, B) with the visual keys of B edits, whose text_keys (B + L, K, M) come first;
         owner (n,) is a query's edit, in_scope (n,) whether that edit changes its answer. untouched
         (B, K, M): psi_bar of another question about each edit's picture, the negatives of Eq. (15);
         None: random other edits, as in the paper.

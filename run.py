@@ -95,25 +95,26 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue an interrupted training in --out")
     add("--device", default="auto", help="auto (an accelerator, else cpu) or a torch device")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--eval-batch-size", type=positive, help="questions per pass outside of training")
+    add("--eval-batch-size", type=positive, help="questions per pass (default by the model's size)")
     add("--seed", type=int, default=0, help="of training and stream (default 0)")
     options = parser.parse_args(arguments)
     checkpoint = options.out / CHECKPOINT
     for name in ("layer", "rank", "similarity", *PAPER):
         if options.editor and getattr(options, name) is not None:
-            name = name.replace("_", "-")
-            parser.error(f"--{name} belongs to a training, but --editor is trained")
+            parser.error(f"--{name.replace('_', '-')} is of a training, but --editor is trained")
     if options.editor and options.editor.resolve() == (options.out / "editor").resolve():
         parser.error(f"--out {options.out} would overwrite the edits in --editor")
     if options.prompt_style == "official" and options.data not in data.BENCHMARKS:
         parser.error(f"--prompt-style official needs --data, one of {', '.join(data.BENCHMARKS)}")
     if options.resume and (options.editor or not checkpoint.is_file()):
         parser.error(f"--resume continues a training that was interrupted, {checkpoint}")
-    if checkpoint.exists() and not (options.resume or options.editor or options.dry_run):
+    if options.data_root and options.data not in data.BENCHMARKS:
+        parser.error(f"--data-root needs --data, one of {', '.join(data.BENCHMARKS)}")
+    if checkpoint.exists() and not (options.resume or options.dry_run):
         parser.error(f"{checkpoint} is an interrupted training: --resume it, or delete it")
     try:
         torch.empty(0, device="cpu" if options.device == "auto" else options.device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         parser.error(f"--device {options.device}: {str(error).splitlines()[0]}")
     return options
 
@@ -247,7 +248,7 @@ class TrainingSet:
         self.joined = options.batch_size // self.size
         self.shuffle(epoch=0)
         row = self.capture(self.batches.groups[0])[0][0].hidden[0]
-        if 3 * row.nbytes * len(samples) * 1.5 < CACHE_BYTES:
+        if 3 * row.nbytes * len(samples) * 1.5 < CACHE_BYTES:  # half of it: masks and positions
             bar = bar_of(self.batches.groups, desc="training states")
             self.kept = [self.capture(chosen) for chosen in bar]
 
@@ -404,13 +405,13 @@ def note_losses(progress: dict, losses: dict, bar: tqdm, every: int) -> None:
 @torch.no_grad()
 def answer(editor: LiveEdit, queries: list[Query], batch_size: int) -> list[Answer]:
     """Ask the model as it stands (edited, or the original under `editor.disabled()`)."""
-    answers: dict[int, Answer] = {}  # by the query's id()
+    answers: dict[Query, Answer] = {}
     for pictured in (True, False):
         group = [query for query in queries if bool(query.image) == pictured]
         for start in range(0, len(group), batch_size):
             chunk = group[start : start + batch_size]
-            answers |= zip(map(id, chunk), answer_batch(editor, chunk), strict=True)
-    return [answers[id(query)] for query in queries]
+            answers |= zip(chunk, answer_batch(editor, chunk), strict=True)
+    return [answers[query] for query in queries]
 
 
 def answer_batch(editor: LiveEdit, queries: list[Query]) -> list[Answer]:
@@ -437,21 +438,20 @@ def answer_batch(editor: LiveEdit, queries: list[Query]) -> list[Answer]:
 
 
 def ask_all(editor: LiveEdit, samples: list[EditSample], batch_size: int) -> dict:
-    """Answer all queries of the samples, by the query's id()."""
+    """Answer all queries of the samples: a dict of answers by query."""
     queries = [query for sample in samples for query in sample.queries.values()]
-    return dict(zip(map(id, queries), answer(editor, queries, batch_size), strict=True))
+    return dict(zip(queries, answer(editor, queries, batch_size), strict=True))
 
 
 def judge(sample: EditSample, own: int | None, count: int, before: dict, after: dict) -> list[dict]:
     """Judge each query of a sample after `count` edits, of which its own has the id `own`."""
     results = []
     for name, query in sample.queries.items():
-        old, new = before[id(query)], after[id(query)]
+        old, new = before[query], after[query]
         teacher_forced, free_running = score(name, query, old, new)
-        shown = getattr(query.image, "scene", query.image)
-        picture = shown and str(getattr(shown, "path", shown))
+        shown = getattr(query.image, "scene", getattr(query.image, "path", query.image))
         expected = old.generated if name in LOCALITY_QUERIES else query.target
-        result = {"edits": count, "kind": sample.kind, "query": name, "image": picture}
+        result = {"edits": count, "kind": sample.kind, "query": name, "image": shown and str(shown)}
         result |= {"prompt": query.prompt, "expected": expected}
         result |= {"before": old.generated, "after": new.generated, "tokens": len(new.target)}
         result |= {"teacher_forced": teacher_forced, "free_running": free_running}
@@ -465,15 +465,16 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Names
     batch_size, rows, predictions, cost = options.eval_batch_size, [], [], {}
     for count in [n for n in (1, 10, 100) if n < len(stream)] + [len(stream)]:
         # Short streams start from the unedited model again until 100 edits are averaged.
-        tested = stream[: max(count, min(100, len(stream) // count * count))]
-        results = []
+        streams = max(1, min(100, len(stream)) // count)
+        tested, results = stream[: streams * count], []
         for start in bar_of(range(0, len(tested), count), desc=f"streams of {count}"):
             part = tested[start : start + count]
             editor.reset()
             # Anew for each stream: in half precision an answer depends on what shares its batch.
             before = ask_all(editor, part, batch_size)
+            told = [question(sample.edit) for sample in part]
             began = time.time()
-            edits = editor.edit_many([question(sample.edit) for sample in part], batch_size)
+            edits = editor.edit_many(told, batch_size)
             cost["seconds_per_edit"] = (time.time() - began) / count
             cost["bytes_per_edit"] = editor.experts.bytes_per_edit()
             after = ask_all(editor, part, batch_size)
@@ -481,7 +482,7 @@ def evaluate(editor: LiveEdit, stream: list[EditSample], options: argparse.Names
                 results += judge(sample, edit.id, count, before, after)
         predictions += results
         rows.append(report_row(count, results))
-    # The last stream is the whole.
+    # By now `before` is of the whole stream.
     unedited = [judged for sample in stream for judged in judge(sample, None, 0, before, before)]
     return [report_row(0, unedited), *rows], unedited + predictions, cost
 
@@ -525,8 +526,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, stream and report."""
     options, start = parse_options(arguments), time.time()
     set_up_process()
-    torch.manual_seed(options.seed)
     try:
+        torch.manual_seed(options.seed)
         if PROCESSES > 1:
             join_processes(options.device)
         editor, samples, stream = prepare(options)
@@ -537,9 +538,9 @@ def main(arguments: list[str] | None = None) -> None:
             return
         editor.save_pretrained(options.out / "editor")
         (options.out / CHECKPOINT).unlink(missing_ok=True)
+        rows, predictions, cost = evaluate(editor, stream, options)
     except (ImportError, OSError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         sys.exit(f"run.py: {str(error).strip()}")
-    rows, predictions, cost = evaluate(editor, stream, options)
     try:
         editor.save_pretrained(options.out / "editor")
     except OSError as error:  # the results are not lost with it
@@ -550,16 +551,18 @@ def main(arguments: list[str] | None = None) -> None:
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     metrics = {"options": vars(options), "config": asdict(editor.config), "seed": options.seed}
     metrics |= {"versions": versions, "training": trained, **cost, "rows": rows}
-    if (Path(__file__).parent / "benchmarks").is_dir():  # two extras, not needed for the report
-        from benchmarks.figure import draw_edits
+    extras = (Path(__file__).parent / "benchmarks").is_dir()  # not needed for the report
+    if extras and options.data is None and len(stream) >= 5:
         from benchmarks.updates import evaluate_updates, updates_table
 
-        draw_edits(stream, predictions, options.out / "edits.png")
-        if options.data is None and len(stream) >= 5:
-            metrics["updates"] = evaluate_updates(editor, stream, options, answer)
-            print(updates_table(metrics["updates"]))
+        metrics["updates"] = evaluate_updates(editor, stream, options, answer)
+        print(updates_table(metrics["updates"]))
     metrics |= {"seconds": time.time() - start, "peak_memory": peak_memory()}
     (options.out / "metrics.json").write_text(json.dumps(metrics, indent=1, default=str))
+    if extras:
+        from benchmarks.figure import draw_edits
+
+        draw_edits(stream, predictions, options.out / "edits.png")
     per_edit = f"{cost['seconds_per_edit'] * 1000:.1f} ms, {cost['bytes_per_edit'] / 1024:.1f} KiB"
     minutes = f"{metrics['seconds'] / 60:.1f} minutes in all; everything in {options.out}/"
     print(f"{per_edit} per edit; peak memory {metrics['peak_memory']}; {minutes}")

@@ -8,7 +8,6 @@ loud. Behaviour is tested with an editor trained here for some seconds.
 import asyncio
 import copy
 import io
-import itertools
 import json
 import math
 import os
@@ -42,8 +41,6 @@ import drawn
 import liveedit
 import run
 from backbone import FrozenModel, InputFormat, find_decoder_layers
-from benchmarks import demo
-from benchmarks.pictures import read_folder
 from generator import CrossAttention, Edit, ExpertGenerator, ExpertRepository, apply_experts
 from liveedit import LiveEdit, LiveEditConfig, Question
 from router import Router, Rows, hard_filter_loss, soft_router_losses, text_similarity
@@ -332,7 +329,7 @@ def test_prompt_rows_follow_the_image_or_else_the_leading_special_tokens():
     config = SimpleNamespace(image_token_id=7, get_text_config=lambda: text)
     form = InputFormat(SimpleNamespace(config=config), None, "chat")
     inputs = {"input_ids": ids, "attention_mask": (ids != 2).long(), "labels": labels}
-    masks = form.masks_of(inputs)
+    masks = form.last_question(inputs)[1]
     expected = [[0, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
     assert masks.prompt.long().tolist() == expected
     assert masks.image.sum().item() == 4 and masks.answer.sum().item() == 1
@@ -581,7 +578,10 @@ def test_what_cannot_be_routed_is_refused_only_where_there_are_edits(editor, inp
             call()
         with editor.disabled():
             assert_same(call()[0], expected)
-    assert not model(**inputs).logits.requires_grad
+    begun = model(**inputs, use_cache=True)
+    assert not begun.logits.requires_grad
+    with editor.disabled(), pytest.raises(RuntimeError, match="filled with edits"):
+        model(past_key_values=begun.past_key_values, input_ids=token)
 
 
 def test_hidden_states_are_told_as_later_layers_get_them(base, inputs):
@@ -639,8 +639,9 @@ def test_threads_ask_edit_and_forget_at_once(editor, inputs):
     assert_same(logits_of(editor, inputs), original)
 
 
-def test_disabled_holds_for_its_block_and_for_threads_but_for_no_other_request(editor, inputs):
-    ask, said = partial(logits_of, editor, inputs), {}
+def test_disabled_holds_for_its_block_and_for_threads_but_for_no_other_request(base, inputs):
+    editor, said = strong_editor(*base), {}
+    ask = partial(logits_of, editor, inputs)
     original = ask()
     editor.edit_many(questions(2))
     edited = ask()
@@ -657,7 +658,15 @@ def test_disabled_holds_for_its_block_and_for_threads_but_for_no_other_request(e
         await asyncio.sleep(0.05)
         said["other"], said["other executor"] = ask(), await asyncio.to_thread(ask)
 
+    async def start():  # a server may load its editor in a task of its own
+        editor.detach()
+        loaded = strong_editor(*base)
+        loaded.edit_many(questions(2))
+        return loaded
+
     async def both():
+        nonlocal editor
+        editor = await asyncio.create_task(start())
         await asyncio.gather(disabled(), other())
 
     asyncio.run(both())
@@ -862,8 +871,6 @@ def test_llamas_tokenizer_gives_no_lone_space(base):
     model.config.image_token_id = processor.image_token_id = processor.tokenizer.image_token_id
     editor = LiveEdit(model, processor, attach=False)
     assert targets_of(editor, "heart") == ["▁heart", "</s>"]
-    running = processor.tokenizer.tokenize("ASSISTANT: heart")
-    assert running[-1] == "▁heart", running
 
 
 @pytest.mark.parametrize("adds", [True, False])
@@ -1360,7 +1367,10 @@ def test_the_laws_hold_for_each_family(family):
     for row in range(3):
         alone = generated(editor, row_of(name, prompt, row))
         assert_same(alone[0, -6:], cached[row, -6:])
-    if name != "blip-2":  # which always has a cache
+    if name == "blip-2":  # its generation passes by the whole model, and always has a cache
+        model.get_input_embeddings()(torch.randint(10, 600, (3, 9)))  # is no call of it
+        assert_same(generated(editor, prompt), cached)
+    else:
         with pytest.raises(RuntimeError, match="without a KV cache and a chat template"):
             generated(editor, prompt, use_cache=False)
     last = {"output_logits": True, "return_dict_in_generate": True}
@@ -1570,10 +1580,13 @@ NO_LABELS += (lambda i: i | {"labels": torch.full_like(i["labels"], -100)},)
 ONE_ROW = (lambda i: {k: v[:1] for k, v in i.items()},)
 NAN_PIXELS = (lambda i: i | {"pixel_values": i["pixel_values"] * math.nan},)
 COUNTS = "module_dim rank slots heads sentinel_tokens".split()
-CONFIG_VALUES = dict.fromkeys(COUNTS, NO_COUNTS) | {"similarity": ("l2", "", None, 3)}
-CONFIG_VALUES |= {"prompt_style": ("x", None), "gain": (0, -1.0, math.nan)}
-CONFIG_VALUES |= {"threshold": (math.nan, math.inf)}
+CONFIGS = {"similarity": (("l2", "", None, 3), "cosine or dot")}
+CONFIGS |= {"prompt_style": (("x", None), "chat or official")}
+CONFIGS |= {"gain": ((0, -1.0, math.nan), "gain more than 0")}
+CONFIGS |= {"threshold": ((math.nan, math.inf), "None or a number")}
+CONFIGS |= dict.fromkeys(COUNTS, (NO_COUNTS, "integers in"))
 LISTS = (([picture()], ["a", "b"]), ([], []), (picture(), ["a"]), (None, None))
+LISTS += ((None, ["a", "b"]),)
 LISTS += (([picture()], ["a"], []), ([picture()], ["a"], "x"))
 LAST = ((None, "What?", "x"), (picture(), "", "x"), (picture(), "What?", " "))
 # (what, the values tried, call(editor, value or folder), what the refusal names; None: it works)
@@ -1604,15 +1617,16 @@ HOSTILE = [
     ("compiled", FOLDER, lambda h, v: LiveEdit(torch.compile(h.model)), "compiled"),
     ("text model", FOLDER, lambda h, v: LiveEdit(h.model.get_decoder()), "image_token_id"),
     ("untrained", FOLDER, lambda h, v: LiveEdit(load_tiny()).edit(*questions(1)[0]), "trained"),
-    ("save on a file", FOLDER, lambda h, v: [(v / "x").touch(), h.save_pretrained(v / "x")], "x"),
+    ("on a file", FOLDER, lambda h, v: [(v / "x").touch(), h.save_pretrained(v / "x")], "written"),
     ("load nothing", FOLDER, lambda h, v: LiveEdit.from_pretrained(h.model, None, v), "no saved"),
     ("damages", DAMAGES, load_changed, "does not load"),
     ("no labels", NO_LABELS, ask_changed, "labels"),
+    ("no edit", ({},), lambda h, v: h.edit_inputs(h.encode(picture(), "W?", "a"), v), "of 0"),
     ("one row", ONE_ROW, ask_changed, "of 2 experts must be"),
     ("NaN pixels", NAN_PIXELS, ask_changed, "not finite"),
 ]
-for key, values in CONFIG_VALUES.items():
-    HOSTILE.append((key, values, lambda h, v, key=key: LiveEditConfig(**{key: v}), key))
+for key, (values, named) in CONFIGS.items():
+    HOSTILE.append((key, values, lambda h, v, key=key: LiveEditConfig(**{key: v}), named))
 
 
 def everything_of(editor: LiveEdit) -> list:
@@ -1698,10 +1712,6 @@ def test_training_draws_in_many_colors_and_invents_pictures():
     others = [p for p in pictures if isinstance(p, (Invented, Emoji))]
     assert 0 in palettes and len(palettes) > 1 and len(others) == 1200
     assert drawn.Drawing(drawn.SCENES[0], 1, 7).open() != drawn.Drawing(drawn.SCENES[0], 1).open()
-    colors, alike = (drawn.other_colors(palette).values() for palette in (7, -7))
-    for least, most, chosen in ((60, 256, colors), (40, 120, alike)):
-        assert all(math.dist(a, b) > least for a, b in itertools.combinations(chosen, 2))
-        assert all(max(part) - min(part) < most for part in zip(*chosen, strict=True))
     for sample in samples:
         again = sample.queries["modal_generality"]
         assert again.image != sample.edit.image and again.target == sample.edit.target
@@ -1713,41 +1723,6 @@ def test_training_draws_in_many_colors_and_invents_pictures():
             assert near.image.thing != sample.edit.image.thing
             assert near.image.open().tobytes() != sample.edit.image.open().tobytes()
     assert {sample.edit.prompt for sample in samples} & set(drawn.OTHER_QUESTIONS)
-
-
-def test_a_folder_of_pictures_is_split_by_thing(tmp_path):
-    names = [{"file": f"{i}.png", "name": f"thing {i // 2}"} for i in range(60)]
-    (tmp_path / "names.json").write_text(json.dumps({"things": names}))
-    for artist in ("one", "two"):
-        (tmp_path / artist).mkdir()
-        for i in range(60):
-            (tmp_path / artist / f"{i}.png").write_bytes(b"")
-    (tmp_path / "kite.jpg").write_bytes(b"")
-    (tmp_path / "kite_2.jpg").write_bytes(b"")
-    trained, held_out = ({(p.thing, p.file.path) for p in part} for part in read_folder(tmp_path))
-    assert len(trained) + len(held_out) == 122
-    things, others = ({thing for thing, _ in part} for part in (trained, held_out))
-    assert not things & others and len(others) == 10 and "kite" in things | others
-
-
-def test_the_demonstration_knows_other_words_for_naming_only():
-    for prompt in (*drawn.PHRASINGS[drawn.THING], "Which city is this?"):
-        queries = demo.real_sample(demo.GUITAR, prompt, "Tom", 0).queries
-        naming = prompt in drawn.PHRASINGS[drawn.THING]
-        assert ("text_generality" in queries) == naming
-        assert not naming or queries["text_generality"].prompt != prompt
-
-
-def test_pictures_of_a_visitor_are_edited(tmp_path):
-    for i, name in enumerate(("cat", "dog", "kite", "tree", "boat", "lamp")):
-        picture(i).save(tmp_path / f"{name}.png")
-    options = ["--editor", str(TINY / "editor"), "--edits", "1", "--asked", "1"]
-    options += ["--out", str(tmp_path / "pictures.json")]
-    ended = python("benchmarks/pictures.py", str(tmp_path), *options)
-    assert ended.returncode == 0, ended.stderr
-    assert "| 1 edits | 100.0 |" in ended.stdout and "other artist" not in ended.stdout
-    ended = python("benchmarks/pictures.py", str(tmp_path / "nowhere"), *options)
-    assert ended.returncode == 1 and "has no pictures" in ended.stderr
 
 
 def test_steps_contradict_nowhere_and_use_all_samples():
@@ -1867,6 +1842,12 @@ def test_metrics_are_their_definitions():
         assert data.normalise(target) == data.normalise(said), (target, said)
 
 
+def test_the_table_has_a_column_for_what_only_some_records_ask():
+    one = {"query": "reliability", "kind": "x"} | dict.fromkeys(data.FIGURES, 1.0)
+    rows = [[one, one | {"query": data.PORTABILITY}], [one]]
+    assert "Port" in data.table([data.report_row(len(row), row) for row in rows])
+
+
 def python(*words, **environment: str) -> subprocess.CompletedProcess:
     """Run Python in the project's folder."""
     line, environment = [sys.executable, *map(str, words)], os.environ | environment
@@ -1888,7 +1869,8 @@ WRONG = [
     (["--edit", "5"], "unrecognized"),
     (["--prompt-style", "official"], "needs --data"),
     (["--editor", "output/editor"], "would overwrite"),
-    (["--editor", "x", "--similarity", "dot"], "belongs to a training"),
+    (["--editor", "x", "--similarity", "dot"], "is of a training"),
+    (["--data-root", "x", "--dry-run"], "--data-root needs --data"),
     (["--editor", "x", "--resume"], "--resume continues"),
     (["--resume", "--out", "nowhere"], "--resume continues"),
     (["--device", "abacus"], "abacus"),
@@ -1993,7 +1975,9 @@ def test_an_interrupted_training_resumes_exactly(tmp_path, capsys, monkeypatch):
         assert "--resume continues" in refusal(capsys, *arguments, here)
     resume = (*arguments, here, "--resume")
     assert "batch_size 4, not 5" in refusal(capsys, *resume, "--batch-size", "5")
-    assert "is an interrupted training" in refusal(capsys, *arguments, here)
+    for more in ((), ("--editor", str(TINY / "editor"))):
+        few = ("--edits", "5", *more, "--out", here)
+        assert "is an interrupted training" in refusal(capsys, *few)
     for damaged in (b"", b"junk", checkpoint.read_bytes()[:2000]):
         (tmp_path / "damaged").write_bytes(damaged)
         with pytest.raises(ValueError, match="no checkpoint"):

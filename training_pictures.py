@@ -39,7 +39,7 @@ PICTURES_SHARE = 0.4  # of the training samples are of no drawn scene
 NAMING_SHARE = 0.6  # of these are asked what they show
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Emoji:
     """One of the emoji that ship for training: of each thing there is one by either artist."""
 
@@ -75,7 +75,7 @@ def look_alikes() -> list[list[Emoji]]:
     return [[emoji[i] for i in nearest] for nearest in np.argsort(apart, axis=1)[:, :8]]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Invented:
     """A picture of no thing, as different from all others as photographs are.
 
@@ -206,7 +206,7 @@ def training_samples(count: int, seed: int) -> list[EditSample]:
     mixed = picture_samples(others, f"pictures {seed}")
     for number, start in enumerate(range(0, count - others, len(scenes))):
         size, name = min(len(scenes), count - others - start), f"training {seed} {start}"
-        palette = -(1000 * seed + number) if number % 3 == 1 else 0
+        palette = -(1000 * abs(seed) + number) if number % 3 == 1 else 0
         mixed += drawn_samples(size, scenes, name, False, TRAINING_SHARES, palette)
     rng, samples = random.Random(f"queries {seed}"), []
     rng.shuffle(mixed)

@@ -101,7 +101,7 @@ def main() -> None:
 
     def ask() -> dict:
         answers = answer(editor, queries, batch_size=64)
-        return {id(query): said for query, said in zip(queries, answers, strict=True)}
+        return dict(zip(queries, answers, strict=True))
 
     before = ask()
     edits = editor.edit_many([question(sample.edit) for sample in samples])

@@ -60,6 +60,7 @@ def _write(pen: ImageDraw.ImageDraw, font, at: tuple[int, int], result: dict) ->
     if not result["free_running"]:
         lines.append((f"expected: {result['expected']}", color))
     for k, (line, fill) in enumerate(lines):
+        line = " ".join(line.split())
         while pen.textlength(line, font=font) > CELL - 14:
             line = line[:-2].rstrip("….") + "…"
         pen.text((at[0], at[1] + 16 * k), line, fill=fill, font=font)

@@ -1,10 +1,12 @@
 """Tests that need more packages: `python -m pytest -q benchmarks/optional_tests.py`.
 
 Processors that need torchvision, and models with int8 weights (torchao), adapters (peft) and layers
-on disk (accelerate). What is not installed is skipped. And the stream of updates, a benchmark.
+on disk (accelerate). What is not installed is skipped. And benchmarks: the stream of updates, the
+demonstration, pictures of a visitor.
 """
 
 # ruff: noqa: F811  (fixtures are imported, and named again as arguments)
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import drawn
 import run
+from benchmarks import demo
+from benchmarks.pictures import read_folder
 from benchmarks.updates import drawn_updates, evaluate_updates
 from test_liveedit import (  # noqa: F401  (fixtures are found by their names)
     GRID,
@@ -27,6 +31,7 @@ from test_liveedit import (  # noqa: F401  (fixtures are found by their names)
     check_encode,
     load_tiny,
     picture,
+    python,
     questions,
     seed_and_clean_model,
     strong_editor,
@@ -146,3 +151,38 @@ def test_the_update_stream_counts_what_it_says(base, trained, monkeypatch):
     wanted = {"n": 2, "edits": 10, "newest": 50, "old": 50, "replaced": 50}
     assert {key: found[key] for key in wanted} == wanted
     assert found["false_replacements"] == 10 and found["forms"]["exact"]["newest"] == 100
+
+
+def test_a_folder_of_pictures_is_split_by_thing(tmp_path):
+    names = [{"file": f"{i}.png", "name": f"thing {i // 2}"} for i in range(60)]
+    (tmp_path / "names.json").write_text(json.dumps({"things": names}))
+    for artist in ("one", "two"):
+        (tmp_path / artist).mkdir()
+        for i in range(60):
+            (tmp_path / artist / f"{i}.png").write_bytes(b"")
+    (tmp_path / "kite.jpg").write_bytes(b"")
+    (tmp_path / "kite_2.jpg").write_bytes(b"")
+    trained, held_out = ({(p.thing, p.file.path) for p in part} for part in read_folder(tmp_path))
+    assert len(trained) + len(held_out) == 122
+    things, others = ({thing for thing, _ in part} for part in (trained, held_out))
+    assert not things & others and len(others) == 10 and "kite" in things | others
+
+
+def test_the_demonstration_knows_other_words_for_naming_only():
+    for prompt in (*drawn.PHRASINGS[drawn.THING], "Which city is this?"):
+        queries = demo.real_sample(demo.GUITAR, prompt, "Tom", 0).queries
+        naming = prompt in drawn.PHRASINGS[drawn.THING]
+        assert ("text_generality" in queries) == naming
+        assert not naming or queries["text_generality"].prompt != prompt
+
+
+def test_pictures_of_a_visitor_are_edited(tmp_path):
+    for i, name in enumerate(("cat", "dog", "kite", "tree", "boat", "lamp")):
+        picture(i).save(tmp_path / f"{name}.png")
+    options = ["--editor", str(TINY / "editor"), "--edits", "1", "--asked", "1"]
+    options += ["--out", str(tmp_path / "pictures.json")]
+    ended = python("benchmarks/pictures.py", str(tmp_path), *options)
+    assert ended.returncode == 0, ended.stderr
+    assert "| 1 edits | 100.0 |" in ended.stdout and "other artist" not in ended.stdout
+    ended = python("benchmarks/pictures.py", str(tmp_path / "nowhere"), *options)
+    assert ended.returncode == 1 and "has no pictures" in ended.stderr

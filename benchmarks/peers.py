@@ -426,10 +426,9 @@ def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]
     return rows
 
 
-def told(method: Unedited, queries: list[Query]) -> dict[int, Answer]:
-    """Give the method's answers by the identity of the query."""
-    answers = method.answer(queries)
-    return {id(query): said for query, said in zip(queries, answers, strict=True)}
+def told(method: Unedited, queries: list[Query]) -> dict[Query, Answer]:
+    """Give the method's answers by query."""
+    return dict(zip(queries, method.answer(queries), strict=True))
 
 
 def quality(row: dict) -> float:
