@@ -44,7 +44,7 @@ def trained_editor(model, processor, folder: Path, **changes) -> LiveEdit:
 
 
 def ask_before(editor: LiveEdit, stream: list[EditSample], batch_size: int) -> dict:
-    """Answer all queries of a stream without edits, by the query's id()."""
+    """Answer all queries of a stream without edits, by query."""
     with editor.disabled():
         return ask_all(editor, stream, batch_size)
 
