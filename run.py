@@ -104,14 +104,16 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} is of a training, but --editor is trained")
     if options.editor and options.editor.resolve() == (options.out / "editor").resolve():
         parser.error(f"--out {options.out} would overwrite the edits in --editor")
-    if options.prompt_style == "official" and options.data not in data.BENCHMARKS:
-        parser.error(f"--prompt-style official needs --data, one of {', '.join(data.BENCHMARKS)}")
+    as_published = options.data_root or options.prompt_style == "official"
+    if as_published and options.data not in data.BENCHMARKS:
+        names = ", ".join(data.BENCHMARKS)
+        parser.error(f"--data-root and --prompt-style official are for --data {names}")
     if options.resume and (options.editor or not checkpoint.is_file()):
         parser.error(f"--resume continues a training that was interrupted, {checkpoint}")
-    if options.data_root and options.data not in data.BENCHMARKS:
-        parser.error(f"--data-root needs --data, one of {', '.join(data.BENCHMARKS)}")
     if checkpoint.exists() and not (options.resume or options.dry_run):
         parser.error(f"{checkpoint} is an interrupted training: --resume it, or delete it")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed {options.seed} must lie between 0 and {2**32 - 1}")
     try:
         torch.empty(0, device="cpu" if options.device == "auto" else options.device)
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -248,7 +250,7 @@ class TrainingSet:
         self.joined = options.batch_size // self.size
         self.shuffle(epoch=0)
         row = self.capture(self.batches.groups[0])[0][0].hidden[0]
-        if 3 * row.nbytes * len(samples) * 1.5 < CACHE_BYTES:  # half of it: masks and positions
+        if 3 * row.nbytes * len(samples) * 1.5 < CACHE_BYTES:  # half more: masks, positions
             bar = bar_of(self.batches.groups, desc="training states")
             self.kept = [self.capture(chosen) for chosen in bar]
 
@@ -526,8 +528,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Train, stream and report."""
     options, start = parse_options(arguments), time.time()
     set_up_process()
+    torch.manual_seed(options.seed)
     try:
-        torch.manual_seed(options.seed)
         if PROCESSES > 1:
             join_processes(options.device)
         editor, samples, stream = prepare(options)

@@ -1867,10 +1867,11 @@ FEW = ["--train-samples", "20", "--edits", "5"]
 WRONG = [
     (["--edits", "0"], "--edits: '0' is no number from 1"),
     (["--edit", "5"], "unrecognized"),
-    (["--prompt-style", "official"], "needs --data"),
+    (["--prompt-style", "official", "--dry-run"], "official are for --data"),
     (["--editor", "output/editor"], "would overwrite"),
     (["--editor", "x", "--similarity", "dot"], "is of a training"),
-    (["--data-root", "x", "--dry-run"], "--data-root needs --data"),
+    (["--data-root", "x", "--dry-run"], "--data-root and"),
+    (["--seed", "-1", "--dry-run"], "--seed -1 must lie"),
     (["--editor", "x", "--resume"], "--resume continues"),
     (["--resume", "--out", "nowhere"], "--resume continues"),
     (["--device", "abacus"], "abacus"),

@@ -206,7 +206,7 @@ def training_samples(count: int, seed: int) -> list[EditSample]:
     mixed = picture_samples(others, f"pictures {seed}")
     for number, start in enumerate(range(0, count - others, len(scenes))):
         size, name = min(len(scenes), count - others - start), f"training {seed} {start}"
-        palette = -(1000 * abs(seed) + number) if number % 3 == 1 else 0
+        palette = -(1000 * seed + number) if number % 3 == 1 else 0
         mixed += drawn_samples(size, scenes, name, False, TRAINING_SHARES, palette)
     rng, samples = random.Random(f"queries {seed}"), []
     rng.shuffle(mixed)

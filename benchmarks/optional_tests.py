@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import drawn
 import run
-from benchmarks import demo
+from benchmarks import demo, figure
 from benchmarks.pictures import read_folder
 from benchmarks.updates import drawn_updates, evaluate_updates
 from test_liveedit import (  # noqa: F401  (fixtures are found by their names)
@@ -186,3 +186,11 @@ def test_pictures_of_a_visitor_are_edited(tmp_path):
     assert "| 1 edits | 100.0 |" in ended.stdout and "other artist" not in ended.stdout
     ended = python("benchmarks/pictures.py", str(tmp_path / "nowhere"), *options)
     assert ended.returncode == 1 and "has no pictures" in ended.stderr
+
+
+def test_pictures_are_drawn_with_answers_of_several_lines(tmp_path):
+    stream = drawn.drawn_stream(1, 0)
+    said = {"prompt": "What?", "before": "a\nb", "after": "c\nd", "expected": "c\nd"}
+    results = [said | {"free_running": 0.0}] * len(stream[0].queries)
+    figure.draw_edits(stream, results, tmp_path / "edits.png")
+    assert (tmp_path / "edits.png").is_file()
