@@ -37,10 +37,8 @@ from liveedit import LiveEdit, LiveEditConfig, Question, write_whole
 from router import Rows
 from training_pictures import training_samples
 
-SHORT_NAMES = {
-    "tiny-llava": str(Path(__file__).resolve().parent / "tiny-llava"),
-    "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
-}
+SHORT_NAMES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf"}
+SHORT_NAMES |= {"tiny-llava": str(Path(__file__).resolve().parent / "tiny-llava")}
 # A training batch has one query of each line for each edit.
 # Differs from the paper, where both generality queries and all of locality are in each step.
 ROLES = (
@@ -554,7 +552,7 @@ def main(arguments: list[str] | None = None) -> None:
     metrics = {"options": vars(options), "config": asdict(editor.config), "seed": options.seed}
     metrics |= {"versions": versions, "training": trained, **cost, "rows": rows}
     extras = (Path(__file__).parent / "benchmarks").is_dir()  # not needed for the report
-    if extras and options.data is None and len(stream) >= 5:
+    if extras and len(stream) >= 5:
         from benchmarks.updates import evaluate_updates, updates_table
 
         metrics["updates"] = evaluate_updates(editor, stream, options, answer)

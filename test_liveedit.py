@@ -1239,26 +1239,25 @@ TILES = {"attention_heads": 4, "num_global_layers": 1, "max_num_tiles": 2}
 TILES |= {"vision_output_dim": 64, "intermediate_layers_indices": [1]}
 TILES |= {"supported_aspect_ratios": [[1, 1], [1, 2]]}
 WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 3}
-SOFTCAP = {"model_type": "gemma2", "final_logit_softcapping": 1.0}
-PATCHES = {"patch_size": 4}
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 3}
-DEEPSTACK = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+CONVOLVED = {"model_type": "efficientnet", "width_coefficient": 0.1, "depth_coefficient": 0.1}
 FAMILIES = {  # what its decoder, its tower and the whole have beside
     "llava": ({}, {}, {"image_seq_length": 4}),
     "llava_next": ({}, {}, GRID),
     "llava_onevision": ({}, {}, GRID),
     "blip-2": ({}, {}, {"qformer_config": TOWER, "num_query_tokens": 4}),
     "paligemma": ({}, {}, PALI),
-    "paligemma2": (WINDOWS | SOFTCAP, {}, PALI),
+    "paligemma2": (WINDOWS | {"model_type": "gemma2", "final_logit_softcapping": 1.0}, {}, PALI),
     "gemma3": (WINDOWS, {}, {"mm_tokens_per_image": 4}),
     "qwen2_5_vl": (MROPE, {"window_size": 16, "fullatt_block_indexes": [1]}, QWEN),
-    "qwen3_vl": (MROPE, DEEPSTACK, QWEN),
-    "internvl": ({}, PATCHES, {"image_seq_length": 4}),
+    "qwen3_vl": (MROPE, {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}, QWEN),
+    "internvl": ({}, {"patch_size": 4}, {"image_seq_length": 4}),
     "idefics3": ({}, {}, {}),
     "smolvlm": ({}, {}, {}),
-    "mistral3": ({}, PATCHES, {}),
+    "mistral3": ({}, {"patch_size": 4}, {}),
     "mllama": ({"cross_attention_layers": [1, 4]}, TILES, {}),
     "lfm2_vl": (CONVOLUTIONS, {"num_patches": 16, "vision_use_head": False}, {}),
+    "fast_vlm": ({"model_type": "llama"}, CONVOLVED | {"hidden_dim": 128, "hidden_size": 128}, {}),
 }
 
 
@@ -1303,6 +1302,8 @@ def prepared(name: str, rows: int) -> dict:
     elif name in ("qwen2_5_vl", "qwen3_vl"):
         head, tail, extra = [BOS, 10_291], [10_292], {"pixel_values": torch.randn(rows * 16, 384)}
         extra["image_grid_thw"] = torch.tensor([[1, 4, 4]] * rows)
+    elif name == "fast_vlm":
+        extra = {"pixel_values": torch.randn(rows, 3, 64, 64)}
     elif name == "mistral3":
         extra["image_sizes"] = torch.tensor([[16, 16]] * rows)
     elif name == "lfm2_vl":

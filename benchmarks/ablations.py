@@ -27,11 +27,11 @@ from benchmarks.common import (
     edit_and_judge,
     open_results,
     options_of,
+    read_stream,
     table,
     trained_editor,
 )
 from benchmarks.updates import evaluate_updates
-from drawn import drawn_stream
 from generator import ExpertGenerator, apply_experts, fit_norm
 from liveedit import LiveEdit, States
 from router import Features, Router, Routing, text_similarity
@@ -166,6 +166,7 @@ def markdown(results: dict) -> str:
 
 def main() -> None:
     parser = options_of(__doc__, "ablations.json")
+    parser.add_argument("--data", help="a folder as run.py takes it; else the drawn world")
     parser.add_argument("--edits", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-batch-size", type=int, default=128)
@@ -176,8 +177,8 @@ def main() -> None:
         print(markdown(json.loads(given.table.read_text())))
         return
     model, processor = load_model(given.model, "cpu", "auto")
-    stream = drawn_stream(given.edits, given.seed)
-    settings = {name: getattr(given, name) for name in ("model", "edits", "seed")}
+    stream = read_stream(given.data, given.edits, given.seed)
+    settings = {name: getattr(given, name) for name in ("model", "data", "edits", "seed")}
     results = {"ablations": {}} | open_results(given.out, settings)
     before = {}
     for name, (changes, change) in ABLATIONS.items():

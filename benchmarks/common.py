@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import EditSample
+from data import EditSample, benchmark_files, read_records
+from drawn import drawn_stream
 from liveedit import LiveEdit
 from run import ask_all, judge, question
 
@@ -41,6 +43,15 @@ def trained_editor(model, processor, folder: Path, **changes) -> LiveEdit:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     editor.reset()
     return editor
+
+
+def read_stream(benchmark: str | None, edits: int, seed: int) -> list[EditSample]:
+    """Give a stream of edits: of the drawn world, or of a benchmark as run.py reads it."""
+    if benchmark is None:
+        return drawn_stream(edits, seed)
+    _, file, images = benchmark_files(benchmark)
+    records = read_records(file, images)
+    return random.Random(seed).sample(records, min(edits, len(records)))
 
 
 def ask_before(editor: LiveEdit, stream: list[EditSample], batch_size: int) -> dict:

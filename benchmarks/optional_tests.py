@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import drawn
 import run
-from benchmarks import demo, figure
+from benchmarks import demo, emoji, figure
 from benchmarks.pictures import read_folder
-from benchmarks.updates import drawn_updates, evaluate_updates
+from benchmarks.updates import evaluate_updates, updates_of
 from test_liveedit import (  # noqa: F401  (fixtures are found by their names)
     GRID,
     QUESTIONS,
@@ -130,7 +130,7 @@ def test_the_update_stream_counts_what_it_says(base, trained, monkeypatch):
     editor, _ = trained
     editor.attach()
     stream = drawn.drawn_stream(10, 0)
-    updates = drawn_updates(stream[:8], 2, 0)
+    updates = updates_of(stream[:8], 2, 0)
     right, wrong = updates[0].sample, updates[1].sample
 
     def answer(editor, queries, batch_size):
@@ -186,6 +186,37 @@ def test_pictures_of_a_visitor_are_edited(tmp_path):
     assert "| 1 edits | 100.0 |" in ended.stdout and "other artist" not in ended.stdout
     ended = python("benchmarks/pictures.py", str(tmp_path / "nowhere"), *options)
     assert ended.returncode == 1 and "has no pictures" in ended.stderr
+
+
+def test_a_benchmark_is_written_of_a_folder_of_pictures(tmp_path):
+    """No locality query asks for an edited fact; the unseen artist is in no training."""
+    names = [{"file": f"{i}.png", "name": f"thing {i}", "group": "Objects"} for i in range(60)]
+    folder = tmp_path / "pictures"
+    for artist in ("one", "two", emoji.UNSEEN_ARTIST):
+        (folder / artist).mkdir(parents=True)
+        for thing in names:
+            picture(len(thing["name"])).save(folder / artist / thing["file"])
+    for i in range(60):
+        picture(i).save(folder / "one" / f"photo{'abcdefghij'[i % 10]}-{i // 10}x.jpg")
+    (folder / "names.json").write_text(json.dumps({"things": names}))
+    ended = python("benchmarks/emoji.py", str(folder), "--out", str(tmp_path / "emoji"))
+    assert ended.returncode == 0, ended.stderr
+    families = {phrase: name for name, asked in emoji.QUESTIONS.items() for phrase in asked}
+    for name in ("train", "eval", "photos.eval"):
+        records = json.loads((tmp_path / "emoji" / f"{name}.json").read_text())
+        thing = {path: Path(path).stem for r in records for path in (r["image"], r["m_loc"])}
+        edited = {(thing[r["image"]], families[r["src"]]) for r in records}
+        for record in records:
+            assert thing[record["m_loc"]] not in {about for about, _ in edited}
+            asked = families.get(record["loc"] + "?", families.get(record["loc"]))
+            assert (thing[record["image"]], asked) not in edited
+            held_out = emoji.QUESTIONS[families[record["src"]]][-drawn.HELD_OUT :]
+            assert (record["rephrase"] in held_out) == (name != "train")
+            assert record["image_rephrase"] != record["image"] and record["alt"] != record["pred"]
+            if name == "train":
+                assert not any(emoji.UNSEEN_ARTIST in str(value) for value in record.values())
+        samples = data.read_records(tmp_path / "emoji" / f"{name}.json", tmp_path / "emoji/images")
+        assert len(samples) >= 10 and data.check_pictures(samples)
 
 
 def test_pictures_are_drawn_with_answers_of_several_lines(tmp_path):

@@ -3,13 +3,15 @@
     python run.py                                          first: LiveEdit's editor in output/
     pip install peft                                       for LoRA-FT
     python benchmarks/peers.py                             three streams on tiny-llava
+    python benchmarks/peers.py --model output/smol-llava --data output/emoji --seeds 0
     python benchmarks/peers.py --table FILE                the table of earlier results
 
 A method is a subclass of `Unedited` with its own `name`, `needs` and `grid`; add yours to METHODS.
 Settings are chosen from its `grid` on --tuning-edits edits of training scenes, as crowded as the
-stream itself, and are kept in the results with all that were tried (another number of edits may
-favor others; 0 takes the first of the grid). Results in --out are continued: methods and seeds that
-it has are not run again. LiveEdit is one editor that was trained before.
+stream itself, or of the training records of --data, and are kept in the results with all that were
+tried (another number of edits may favor others; 0 takes the first of the grid). Results in --out
+are continued: methods and seeds that it has are not run again. LiveEdit is one editor that was
+trained before.
 """
 
 import importlib.util
@@ -29,9 +31,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from backbone import IGNORE, find_decoder_layers, hidden_of, with_hidden
-from benchmarks.common import open_results, options_of, table, trained_editor
-from data import Answer, Query
-from drawn import COLORS, SHAPES, drawn_samples, drawn_stream, split_scenes
+from benchmarks.common import open_results, options_of, read_stream, table, trained_editor
+from data import Answer, EditSample, Query, benchmark_files, read_records
+from drawn import COLORS, SHAPES, drawn_samples, split_scenes
 from liveedit import LiveEdit, LiveEditConfig
 from run import answer, judge, load_model, question, report_row, set_up_process
 
@@ -48,8 +50,8 @@ class Unedited:
 
     name, needs, grid = "none", "nothing", [{}]
 
-    def __init__(self, editor: LiveEdit):
-        """Take the model and its encoding from an editor without edits."""
+    def __init__(self, editor: LiveEdit, known: list[EditSample]):
+        """Take model and encoding from an editor without edits; known: samples of the training."""
         self.editor = editor
 
     def edit(self, edits: list[Query]) -> None:
@@ -98,13 +100,12 @@ class Lookup(Unedited):
 
     name, needs, grid = "lookup", "a threshold", NEARNESS
 
-    def __init__(self, editor, threshold: float, by: str):
+    def __init__(self, editor, known, threshold: float, by: str):
         """Take the least similarity and what a question is known by: see `features`."""
-        super().__init__(editor)
+        super().__init__(editor, known)
         self.threshold, self.by, self.edits, self.keys = threshold, by, [], None
-        training = drawn_samples(100, split_scenes()[0], "retriever", held_out=False)
         self.center = torch.zeros(1)
-        self.center = self.features([sample.edit for sample in training]).mean(0)
+        self.center = self.features([sample.edit for sample in known]).mean(0)
 
     @torch.no_grad()
     def features(self, queries: list[Query]) -> Tensor:
@@ -169,8 +170,8 @@ class InContext(Lookup):
     forms = ("New fact: {question} {answer}. {asked}", "The answer is {answer}. {asked}")
     grid = [near | {"form": form} for form in forms for near in NEARNESS]
 
-    def __init__(self, editor, threshold: float, by: str, form: str):
-        super().__init__(editor, threshold, by)
+    def __init__(self, editor, known, threshold: float, by: str, form: str):
+        super().__init__(editor, known, threshold, by)
         self.form = form
 
     def answer(self, queries):
@@ -187,14 +188,14 @@ class FineTuned(Unedited):
     """FT-L: Adam on one layer's down-projection, edit after edit, some steps each."""
 
     name, needs = "FT-L", "rate, steps, a layer"
-    grid = [  # layers of the tiny LLaVA's six
+    grid = [  # layers of six: see `tuned`
         {"rate": rate, "steps": steps, "layer": layer}
         for layer in (2, 4)
         for rate, steps in ((3e-4, 5), (3e-4, 20), (1e-3, 5), (1e-3, 20))
     ]
 
-    def __init__(self, editor, rate: float, steps: int, layer: int):
-        super().__init__(editor)
+    def __init__(self, editor, known, rate: float, steps: int, layer: int):
+        super().__init__(editor, known)
         edited = find_decoder_layers(editor.model)[0][layer]
         self.weights, self.rate, self.steps = [edited.mlp.down_proj.weight], rate, steps
         self.original = [weight.detach().clone() for weight in self.weights]
@@ -249,8 +250,8 @@ class FineTunedOnAll(FineTuned):
         for rate, steps in ((3e-3, 40), (1e-2, 10), (1e-2, 40), (3e-2, 40))
     ]
 
-    def __init__(self, editor, rate: float, steps: int, layer: int = 0):
-        super().__init__(editor, rate, steps, layer)
+    def __init__(self, editor, known, rate: float, steps: int, layer: int = 0):
+        super().__init__(editor, known, rate, steps, layer)
         self.edits: list[Query] = []
 
     def edit(self, edits):
@@ -274,10 +275,10 @@ class Adapter(FineTunedOnAll):
         {"rate": rate, "steps": steps} for rate in (3e-4, 1e-3, 3e-3, 1e-2) for steps in (10, 40)
     ]
 
-    def __init__(self, editor, rate: float, steps: int):
+    def __init__(self, editor, known, rate: float, steps: int):
         from peft import LoraConfig, get_peft_model
 
-        super().__init__(editor, rate, steps)
+        super().__init__(editor, known, rate, steps)
         names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         rank = editor.config.rank
         chosen = r".*language_model.*\.(" + "|".join(names) + ")"
@@ -306,8 +307,8 @@ class Codebook(Unedited):
         for radius in (0.03, 0.06, 0.12, 0.2, 0.3, 0.4)
     ]
 
-    def __init__(self, editor, radius: float, steps: int, layer: int):
-        super().__init__(editor)
+    def __init__(self, editor, known, radius: float, steps: int, layer: int):
+        super().__init__(editor, known)
         self.radius, self.steps, self.keys, self.values = radius, steps, None, None
         editor.detach()  # one at a time: this one gives the states of its layer
         self.own = LiveEdit(editor.model, editor.processor, LiveEditConfig(layer=layer))
@@ -457,15 +458,29 @@ def crowded_scenes(edits: int) -> list:
     return some
 
 
-def tuned(kind, editor: LiveEdit, edits: int) -> tuple[dict, list]:
-    """Choose a method's settings on edits of training scenes; give all that were tried too."""
-    if len(kind.grid) == 1 or not edits:
-        return kind.grid[0], []
-    samples, tried = drawn_samples(edits, crowded_scenes(edits), "tuning", held_out=False), []
+def training_of(benchmark: str | None, edits: int) -> tuple[list[EditSample], list[EditSample]]:
+    """Give samples of the training: 100 that the methods may know, and some to tune them on."""
+    if benchmark is None:
+        known = drawn_samples(100, split_scenes()[0], "retriever", held_out=False)
+        return known, drawn_samples(edits, crowded_scenes(edits), "tuning", held_out=False)
+    train_file, _, images = benchmark_files(benchmark)
+    training = random.Random("tuning").sample(read_records(train_file, images), edits + 100)
+    return training[:100], training[100:]
+
+
+def tuned(kind, editor: LiveEdit, known: list, samples: list) -> tuple[dict, list]:
+    """Choose a method's settings on edits of the training; give all that were tried too."""
+    grid, depth = [], len(find_decoder_layers(editor.model)[0])
     for settings in kind.grid:
+        layer = {"layer": settings["layer"] * depth // 6} if "layer" in settings else {}
+        grid.append(settings | layer)
+    if len(grid) == 1 or not samples:
+        return grid[0], []
+    tried = []
+    for settings in grid:
         torch.manual_seed(0)
-        method = kind(editor, **settings)
-        row = stream_rows(method, samples, [edits])[0]
+        method = kind(editor, known, **settings)
+        row = stream_rows(method, samples, [len(samples)])[0]
         method.close()
         tried.append({"settings": settings, "quality": round(quality(row), 2)})
         print(kind.name, tried[-1], flush=True)
@@ -541,6 +556,7 @@ def report(results: dict) -> str:
 
 def main() -> None:
     parser = options_of(__doc__, "peers.json")
+    parser.add_argument("--data", help="a folder as run.py takes it; else the drawn world")
     parser.add_argument("--edits", type=int, default=500)
     parser.add_argument("--counts", type=int, nargs="+", help="ask after these (1, 10, 100, all)")
     parser.add_argument("--tuning-edits", type=int, default=100)
@@ -560,22 +576,24 @@ def main() -> None:
     # In single precision: with less, small steps of the fine-tuned weights are lost.
     model, processor = load_model(given.model, "cpu", "float32")
     editor = trained_editor(model, processor, given.editor)
-    settings = {name: getattr(given, name) for name in ("model", "edits", "tuning_edits")}
+    known, tuning = training_of(given.data, given.tuning_edits)
+    settings = {name: getattr(given, name) for name in ("model", "data", "edits", "tuning_edits")}
     settings["counts"] = counts
     results = {"methods": {}} | open_results(given.out, settings)
     for kind in chosen:
         found = results["methods"].get(kind.name)
         if found is None:
             began = time.time()
-            settings, tried = tuned(kind, editor, given.tuning_edits)
+            settings, tried = tuned(kind, editor, known, tuning)
             found = {"settings": settings, "seconds_of_tuning": time.time() - began}
             found |= {"tried": tried, "seeds": {}}
         for seed in given.seeds:
             if str(seed) in found["seeds"]:
                 continue  # of an earlier run
             torch.manual_seed(seed)
-            method = kind(editor, **found["settings"])
-            found["seeds"][str(seed)] = stream_rows(method, drawn_stream(given.edits, seed), counts)
+            method = kind(editor, known, **found["settings"])
+            stream = read_stream(given.data, given.edits, seed)
+            found["seeds"][str(seed)] = stream_rows(method, stream, counts)
             method.close()
             results["methods"][kind.name] = found
             given.out.write_text(json.dumps(results, indent=1))

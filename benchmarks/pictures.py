@@ -5,8 +5,9 @@
     python benchmarks/pictures.py FOLDER --editor tiny-llava/editor
 
 FOLDER has sub-folders of pictures; files of one name in several of them show one thing, drawn by
-several artists. Its `names.json` says what things are called (`{"things": [{"file", "name"}]}`). A
-third of the things is for evaluation alone: `tiny-llava/train.py` learned to see on the others.
+several artists. Its `names.json` says what things are called, `{"things": [{"file", "name"}]}`, and
+of which "group" they are. A third of the things is for evaluation alone: `tiny-llava/train.py`
+learned to see on the others.
 Edits say that a picture shows something else ("What is this?"), with words that no training has
 seen; beside them stand edits of questions that no training has asked. Writes pictures.json.
 """
@@ -54,11 +55,12 @@ NO_THINGS = ("Symbols", "Flags", "Component")  # categories of emoji
 
 @dataclass(frozen=True)
 class Picture:
-    """A file of a folder of pictures, and what it shows; name is None where nobody said it."""
+    """A file of a folder of pictures, and what it shows; name and group if somebody said them."""
 
     file: ImageFile
     thing: str
     name: str | None
+    group: str | None = None
 
 
 def read_folder(folder: Path) -> tuple[list[Picture], list[Picture]]:
@@ -66,15 +68,15 @@ def read_folder(folder: Path) -> tuple[list[Picture], list[Picture]]:
 
     Things of one name, and numbered pictures (fireworks, fireworks2), are one.
     """
-    names, pictures = {}, []
+    known, pictures = {}, []
     if (folder / "names.json").is_file():
         things = json.loads((folder / "names.json").read_text(encoding="utf-8"))["things"]
-        names = {thing["file"]: thing["name"] for thing in things}
+        known = {thing["file"]: thing for thing in things}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif"):
-            name = names.get(path.name)
-            thing = name or path.stem.lower().rstrip("0123456789_- ")
-            pictures.append(Picture(ImageFile(path), thing, name))
+            told = known.get(path.name, {})
+            thing = told.get("name") or path.stem.lower().rstrip("0123456789_- ")
+            pictures.append(Picture(ImageFile(path), thing, told.get("name"), told.get("group")))
     if not pictures:
         raise FileNotFoundError(f"{folder} has no pictures in it")
     things = sorted({picture.thing for picture in pictures})
@@ -93,7 +95,8 @@ def unpack(packages: list[Path], folder: Path) -> None:
             for emoji in json.load(archive.extractfile("package/emoji.json")):
                 if emoji["category"] not in NO_THINGS:
                     name = emoji["short_name"].replace("_", " ").replace("-", " ")
-                    things[emoji["image"]] = {"file": emoji["image"], "name": name}
+                    told = {"file": emoji["image"], "name": name, "group": emoji["category"]}
+                    things[emoji["image"]] = told
             for member in archive:
                 file = Path(member.name)
                 if file.parent.name == "64" and file.name in things:

@@ -48,6 +48,7 @@ def say(model, processor, chats: list, images: list | None, tokens: int, **how) 
         pictures = images[i : i + 25] if images else None
         settings = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         inputs = processor(images=pictures, text=texts, **settings)
+        inputs = inputs.to(model.dtype)
         made = model.generate(**inputs, max_new_tokens=tokens, **({"do_sample": False} | how))
         new = made[:, inputs.input_ids.shape[1] :]
         said += processor.batch_decode(new, skip_special_tokens=True)

@@ -1,15 +1,15 @@
 """The update stream of the main job: a fifth of the edits edits earlier facts again.
 
 A third asks exactly as the first edit did, a third in other words, a third with another picture;
-then both the older and the newer question are asked. The new values are words of the drawn world.
-`python run.py` runs it.
+then both the older and the newer question are asked. The new values are words of the drawn world,
+or, of a benchmark, what another of its edits says. `python run.py` runs it.
 """
 
 import random
 from dataclasses import replace
 from typing import NamedTuple
 
-from data import EditSample, Query
+from data import EditSample, Query, normalise
 from drawn import SCENES, Shares, edit_target
 
 SHARES = Shares(open=0.0, novel_names=0.0)
@@ -28,13 +28,16 @@ class Update(NamedTuple):
     edit: Query
 
 
-def drawn_updates(stream: list[EditSample], count: int, seed: int) -> list[Update]:
-    """`count` facts of a drawn stream, each edited again with another value, in all forms."""
+def updates_of(stream: list[EditSample], count: int, seed: int) -> list[Update]:
+    """`count` facts of a stream, each edited again with another value, in all forms."""
     rng, updates, forms = random.Random(f"updates {seed}"), [], list(UPDATE_FORMS)
     for n, i in enumerate(rng.sample(range(len(stream)), count)):
         form = forms[n % len(forms)]
         asked = stream[i].queries[UPDATE_FORMS[form]]
         target = asked.target
+        if stream[i].kind == "benchmark":
+            others = [sample.edit.target for sample in stream if sample.edit.target != target]
+            target = rng.choice(others or [f"not {target}"])
         while target == asked.target:
             target = edit_target(*asked.fact, SCENES, rng, SHARES, True)[1]
         updates.append(Update(i, form, replace(asked, target=target)))
@@ -50,7 +53,7 @@ def evaluate_updates(editor, stream: list[EditSample], options, answer) -> dict:
     """
     count, batch_size = len(stream) // 5, options.eval_batch_size
     facts = stream[: len(stream) - count]
-    updates = drawn_updates(facts, count, options.seed)
+    updates = updates_of(facts, count, options.seed)
     editor.reset()
     queries = [sample.edit for sample in facts] + [update.edit for update in updates]
     edits = editor.edit_many([(q.image.open(), q.prompt, q.target) for q in queries], batch_size)
@@ -66,9 +69,9 @@ def evaluate_updates(editor, stream: list[EditSample], options, answer) -> dict:
     for n, update in enumerate(updates):
         older = facts[update.sample].edit
         for said in (answers[update.sample], answers[len(facts) + n]):
-            text = said.generated.lower()
-            row = {"form": update.form, "newest": text == update.edit.target.lower()}
-            row |= {"old": text == older.target.lower()}
+            text = normalise(said.generated)
+            row = {"form": update.form, "newest": text == normalise(update.edit.target)}
+            row |= {"old": text == normalise(older.target)}
             row |= {"replaced": ids[update.sample] not in said.used}
             rows.append(row)
     forms = {}

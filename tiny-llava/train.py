@@ -649,7 +649,7 @@ def replies(model, processor, chunk: list[Asked]) -> list[str]:
         texts.append(processor.apply_chat_template(chat, add_generation_prompt=True))
     images = [drawing.open() for _, drawing, _, _ in chunk if drawing] or None
     inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
-    made = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    made = model.generate(**inputs.to(model.dtype), max_new_tokens=40, do_sample=False)
     return processor.batch_decode(made[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
