@@ -3,17 +3,17 @@
     npm pack emoji-datasource-{google,twitter,apple,facebook}@16.0.0
     python benchmarks/pictures.py FOLDER --unpack emoji-datasource-*.tgz
     apt-get download tuxpaint-stamps-default openclipart-png     then dpkg -x each to FOLDER
-    python benchmarks/emoji.py FOLDER                        writes output/emoji
+    python benchmarks/emoji.py FOLDER                            writes output/emoji
     python run.py --model output/smol-llava --data output/emoji
-    python run.py --model output/smol-llava --data output/emoji/photos.eval.json --editor ...
+    python run.py --model output/smol-llava --data output/emoji/photos.eval.json --editor EDITOR
 
 FOLDER is as `pictures.py` takes it; nothing of these packages ships. Things that are held out for
-evaluation are edited in eval.json, all others in train.json. Edits say something else about a
-thing: its name, its kind or its color, counterfactual or in words that no training has seen. The
-second picture of an edit is by another artist, where there is one, else a view of the first. Half
-of the pictures that must stay as they are look most alike to the edited one; none of them is
-edited. What UNSEEN_ARTIST has drawn is in no training. photos.eval.json is a stream of photographs,
-whose second pictures are views.
+evaluation (another third where anything in FOLDER changes) are edited in eval.json, all others in
+train.json. Edits say something else about a thing: its name, its kind or its color, counterfactual
+or in words that no training has seen. The second picture of an edit is by another artist, where
+there is one, else a view of the first. Half of the pictures that must stay as they are look most
+alike to the edited one; none of them is edited. What UNSEEN_ARTIST has drawn is in no training.
+photos.eval.json is a stream of photographs, whose second pictures are views.
 """
 
 import argparse
@@ -34,10 +34,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.pictures import Picture, read_folder
 from data import ImageFile
-from drawn import COLORS, HELD_OUT, PHRASINGS, THING, open_target, text_questions
+from drawn import (
+    COLORS,
+    HELD_OUT,
+    HELD_OUT_WORDS,
+    MORE_QUESTIONS,
+    OTHER_QUESTIONS,
+    PHRASINGS,
+    THING,
+    open_target,
+    text_questions,
+)
 from training_pictures import View, on_white
 
-UNSEEN_ARTIST = "facebook"  # a part of the folder's name
+UNSEEN_ARTIST = "facebook"  # a part of the folder's path
+PHOTOGRAPHS = ("photo", "tuxpaint")  # parts of the paths of folders of photographs
 KINDS = {
     "Smileys & Emotion": "a face", "People & Body": "a person", "Animals & Nature": "nature",
     "Food & Drink": "food", "Travel & Places": "a place", "Activities": "an activity",
@@ -62,9 +73,11 @@ QUESTIONS = {
     ),
 }  # fmt: skip
 TEXT_QUESTIONS = [(asked, said) for _, asked, said in text_questions() if asked.endswith("?")]
-FIRST_FAMILIES = ("name", "name", "kind")
 OPEN_SHARE = 0.4  # of the edits, in words of no training; the others are true of another thing
-EDITED_SHARE = 0.86  # of the things; the others are never edited
+EDITED_SHARE = 0.75  # of the things; the others are never edited
+SECOND_SHARE = 0.5  # of these, of which another fact is edited too
+TWINS_APART = 0.2  # pictures of 12 x 12 pixels that lie nearer show the same
+LARGEST = 2**24  # pixels of a picture; openclipart has some that take a minute to open
 
 
 @dataclass(frozen=True)
@@ -74,17 +87,28 @@ class Thing:
     files: tuple[Path, ...]  # one of each artist
     name: str
     kind: str | None
-    color: str | None
+    color: str | None  # if all artists agree
 
     def known(self) -> list[str]:
         """The families of questions whose answers are known."""
         return [family for family in QUESTIONS if getattr(self, family)]
 
 
+def small(file: Path, side: int) -> np.ndarray | None:
+    """Look at a picture with few pixels, (side, side, 3); None if it is too large or damaged."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
+            if image.width * image.height > LARGEST:
+                return None
+            seen = on_white(image).resize((side, side), Image.Resampling.BOX)
+    except Exception:  # PIL's readers raise all kinds
+        return None
+    return np.asarray(seen, dtype=np.float32)
+
+
 def main_color(file: Path) -> str | None:
     """Name the color that most of a picture has, paper left out; None where no color has half."""
-    small = on_white(ImageFile(file).open()).resize((24, 24), Image.Resampling.BOX)
-    pixels = np.asarray(small, dtype=float).reshape(-1, 3)
+    pixels = small(file, 24).reshape(-1, 3)
     pixels = pixels[(pixels < 235).any(1)]
     if len(pixels) < 60:
         return None
@@ -94,43 +118,72 @@ def main_color(file: Path) -> str | None:
     return str(color) if count > len(pixels) / 2 else None
 
 
-def is_small(file: Path) -> bool:
-    """Tell whether a picture can be opened in no time."""
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as image:
-            return image.width * image.height < 2**20
-    except Exception:  # PIL's readers raise all kinds
-        return False
+def has(file: Path, *parts: str) -> bool:
+    """Tell whether a file lies in a folder whose name has one of these parts."""
+    return any(part in str(file.parent).lower() for part in parts)
 
 
-def things_of(pictures: list[Picture], unseen_artist: bool) -> list[Thing]:
-    """Gather pictures by what they show. Of two drawings by one artist the first is taken."""
-    by_thing: dict[str, dict[Path, Picture]] = {}
+def things_of(pictures: list[Picture], training: bool) -> list[Thing]:
+    """Gather pictures by what they show, in each folder the first; a photograph is its own thing.
+
+    training: without the unseen artist, and without things whose names have held-out words.
+    """
+    by_thing: dict[tuple, dict[Path, Picture]] = {}
+    unseen = set(HELD_OUT_WORDS) if training else set()
     for picture in pictures:
-        path, artist = picture.file.path, picture.file.path.parent
-        if path.is_symlink() or not is_small(path):  # openclipart's are of any size
+        path = picture.file.path
+        if path.is_symlink() or (training and has(path, UNSEEN_ARTIST)):
             continue
-        if unseen_artist or UNSEEN_ARTIST not in artist.name:
-            by_thing.setdefault(picture.thing, {}).setdefault(artist, picture)
+        drawings = by_thing.setdefault((picture.thing, has(path, *PHOTOGRAPHS)), {})
+        if path.parent not in drawings and small(path, 1) is not None:
+            drawings[path.parent] = picture
     things = []
-    for name, drawings in tqdm(sorted(by_thing.items()), desc="things"):
+    for (name, photo), drawings in tqdm(sorted(by_thing.items()), desc="things"):
+        words = name.replace("_", " ").replace("-", " ").split()
+        if not drawings or not words or unseen.intersection(words):
+            continue
         files = tuple(picture.file.path for picture in drawings.values())
-        group = next(iter(drawings.values())).group
-        words = " ".join(name.replace("_", " ").replace("-", " ").split()) or files[0].stem
-        kind = "a photo" if files[0].suffix == ".jpg" else KINDS.get(group)
-        things.append(Thing(files, words, kind, main_color(files[0])))
+        groups = [picture.group for picture in drawings.values() if picture.group]
+        kind = "a photo" if photo else KINDS.get(groups[0] if groups else None)
+        colors = {main_color(file) for file in files}
+        color = colors.pop() if len(colors) == 1 else None
+        things.append(Thing(files, " ".join(words), kind, color))
     return things
+
+
+def looks_of(things: list[Thing]) -> np.ndarray:
+    """The looks of the first picture of each thing, (n, 432), from 0 to 1."""
+    return np.stack([small(thing.files[0], 12).reshape(-1) for thing in things]) / 255
+
+
+def apart_from(looks: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Squared distances between looks, (n, m)."""
+    products = looks @ others.T
+    return (looks**2).sum(1)[:, None] + (others**2).sum(1) - 2 * products
+
+
+def distinct(things: list[Thing], others: list[Thing] = ()) -> list[Thing]:
+    """Leave out things that look like an earlier one, or like one of the others."""
+    looks, left = looks_of(things), []
+    twins = apart_from(looks, looks) < TWINS_APART
+    known = [False] * len(things)
+    if others:
+        known = (apart_from(looks, looks_of(others)) < TWINS_APART).any(1).tolist()
+    for i in range(len(things)):
+        if not known[i] and not twins[i, left].any():
+            left.append(i)
+    return [things[i] for i in left]
 
 
 class Writer:
     """Makes records, and the folder of the pictures that they name."""
 
-    def __init__(self, folder: Path, seed: str):
-        self.images, self.rng = folder / "images", random.Random(seed)
+    def __init__(self, source: Path, folder: Path, seed: str):
+        self.source, self.images, self.rng = source, folder / "images", random.Random(seed)
 
     def image(self, file: Path) -> str:
         """Copy a picture, once; give its name in the records."""
-        name = Path(file.parent.name) / file.name
+        name = file.relative_to(self.source)
         if not (self.images / name).exists():
             (self.images / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, self.images / name)
@@ -138,7 +191,7 @@ class Writer:
 
     def view(self, file: Path) -> str:
         """Write another look at a picture."""
-        name = Path("views") / f"{file.parent.name}-{file.stem}-{self.rng.randrange(10**9)}.png"
+        name = Path("views") / f"{file.stem}-{self.rng.randrange(10**9)}.png"
         (self.images / name).parent.mkdir(parents=True, exist_ok=True)
         View(ImageFile(file), self.rng.randrange(2**31)).open().save(self.images / name)
         return str(name)
@@ -159,12 +212,15 @@ class Writer:
         if rng.random() < OPEN_SHARE:
             target = open_target(rng, held_out)
         file, *others = rng.sample(thing.files, len(thing.files))
+        own_artist = [other for other in left.files if other.parent == file.parent]
         asked_left = rng.choice(left.known())
         # Asked without a picture, and with the edited one: half of these are about the picture.
         loc, loc_answer = rng.choice(TEXT_QUESTIONS)
-        if free and rng.random() < 0.5:
-            other = rng.choice(free)
-            loc, loc_answer = rng.choice(asked[other]), getattr(thing, other)
+        if rng.random() < 0.5:
+            loc, loc_answer = rng.choice(MORE_QUESTIONS if held_out else OTHER_QUESTIONS), "yes"
+            if free and rng.random() < 0.5:
+                other = rng.choice(free)
+                loc, loc_answer = rng.choice(asked[other]), getattr(thing, other)
         return {
             "src": prompt,
             "pred": true,
@@ -172,9 +228,9 @@ class Writer:
             "rephrase": rng.choice([phrase for phrase in again if phrase != prompt]),
             "image": self.image(file),
             "image_rephrase": self.image(others[0]) if others else self.view(file),
-            "loc": loc.rstrip("?"),
+            "loc": loc.rstrip("?."),
             "loc_ans": loc_answer,
-            "m_loc": self.image(rng.choice(left.files)),
+            "m_loc": self.image(rng.choice(own_artist or left.files)),
             "m_loc_q": rng.choice(asked[asked_left]),
             "m_loc_a": getattr(left, asked_left),
         }
@@ -184,68 +240,68 @@ class Writer:
         mixed = self.rng.sample(things, len(things))
         cut = round(EDITED_SHARE * len(mixed))
         edited, left = mixed[:cut], mixed[cut:]
-        # What a thing is called, or its kind, which follows from the name; then colors of some.
-        facts = [(i, self.rng.choice(FIRST_FAMILIES)) for i in range(cut)]
-        facts = [(i, family if getattr(edited[i], family) else "name") for i, family in facts]
-        facts += [(i, "color") for i, thing in enumerate(edited) if thing.color]
-        facts = facts[:most]
+        if not edited or not left:
+            return []
         named = [thing for thing in things if thing.kind] or things  # others by their files' names
-        answers = {name: sorted({getattr(t, name) for t in named} - {None}) for name in QUESTIONS}
-        answers["kind"] = list(KINDS.values())
-        colored, records = {i for i, family in facts if family == "color"}, []
-        alike = look_alikes(edited, left)
-        for i, family in tqdm(facts, desc="records"):
-            free = ["color"] if edited[i].color and i not in colored else []
-            near = alike[i] if self.rng.random() < 0.5 else left
-            told = self.rng.choice(near), answers[family], held_out
-            records.append(self.record(edited[i], family, free, *told))
+        answers = {"kind": list(KINDS.values()), "color": list(COLORS)}
+        answers["name"] = sorted({thing.name for thing in named})
+        facts, free = [], []
+        for i, thing in enumerate(edited):
+            families = self.rng.sample(thing.known(), len(thing.known()))
+            changed = families[: 1 + (self.rng.random() < SECOND_SHARE)]
+            facts += [(i, family) for family in changed]
+            # What a thing is called tells its kind, so an edit of one may change both.
+            told = {"name", "kind"} if {"name", "kind"}.intersection(changed) else set()
+            free.append([family for family in families if family not in told.union(changed)])
+        alike, records = look_alikes(edited, left), []
+        self.rng.shuffle(facts)
+        for i, family in tqdm(facts[:most], desc="records"):
+            near = self.rng.choice(alike[i] if self.rng.random() < 0.5 else left)
+            told = free[i], near, answers[family], held_out
+            records.append(self.record(edited[i], family, *told))
         return records
 
 
 def look_alikes(things: list[Thing], others: list[Thing]) -> list[list[Thing]]:
-    """For each thing, three of the others whose pictures look most alike, by few pixels."""
-    looks = [
-        np.stack([small(thing.files[0]).reshape(-1) for thing in group])
-        for group in (things, others)
-    ]
-    apart = (looks[1] ** 2).sum(1) - 2 * looks[0] @ looks[1].T  # squared, but for what all share
-    return [[others[i] for i in nearest] for nearest in apart.argsort(1)[:, :3]]
-
-
-def small(file: Path) -> np.ndarray:
-    """Look at a picture with 12 x 12 pixels."""
-    image = on_white(ImageFile(file).open())
-    return np.asarray(image.resize((12, 12), Image.Resampling.BOX), dtype=float)
+    """For each thing, three of the others whose pictures look most alike, lightness aside."""
+    looks, others_looks = (looks_of(group) for group in (things, others))
+    looks, others_looks = (x - x.mean(1, keepdims=True) for x in (looks, others_looks))
+    nearest = apart_from(looks, others_looks).argsort(1)[:, :3]
+    return [[others[i] for i in row] for row in nearest]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "output" / "emoji")
-    parser.add_argument("--edits", type=int, default=500, help="records of eval.json")
-    parser.add_argument("--photos", type=int, default=100, help="records of photos.eval.json")
-    parser.add_argument("--train", type=int, default=6000, help="records of train.json, at most")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", type=Path, help="pictures: see the head of this file")
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / "emoji", help="folder")
+    parser.add_argument("--edits", type=int, default=500, help="records of eval.json, at most")
+    parser.add_argument("--photos", type=int, default=100, help="of photos.eval.json, at most")
+    parser.add_argument("--train", type=int, default=6000, help="of train.json, at most")
+    parser.add_argument("--seed", type=int, default=0, help="of all choices (default 0)")
     given = parser.parse_args()
     if given.out.exists():
         sys.exit(f"emoji.py: {given.out} exists; delete it or choose another --out")
     try:
         training, evaluation = read_folder(given.folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         sys.exit(f"emoji.py: {error}")
-    photos = [picture for picture in evaluation if picture.file.path.suffix == ".jpg"]
-    drawn = [picture for picture in evaluation if picture.name]
-    for name, pictures, most in (
-        ("train", training, given.train),
-        ("eval", drawn, given.edits),
-        ("photos.eval", photos, given.photos),
+    held_out = distinct(things_of(evaluation, training=False))
+    parts = {
+        "train": distinct(things_of(training, training=True), held_out),
+        "eval": [
+            thing for thing in held_out if thing.kind and not has(thing.files[0], *PHOTOGRAPHS)
+        ],
+        "photos.eval": [thing for thing in held_out if has(thing.files[0], *PHOTOGRAPHS)],
+    }
+    for (name, things), most in zip(
+        parts.items(), (given.train, given.edits, given.photos), strict=True
     ):
-        held_out = name != "train"
-        writer = Writer(given.out, f"{name} {given.seed}")
-        records = writer.records(things_of(pictures, held_out), most, held_out)
-        content = json.dumps(records, indent=1, ensure_ascii=False)
-        (given.out / f"{name}.json").write_text(content, encoding="utf-8")
-        print(f"{given.out / name}.json: {len(records)} records")
+        writer = Writer(given.folder, given.out, f"{name} {given.seed}")
+        records = writer.records(things, most, held_out=name != "train")
+        if records:
+            content = json.dumps(records, indent=1, ensure_ascii=False)
+            (given.out / f"{name}.json").write_text(content, encoding="utf-8")
+        print(f"{given.out / name}.json: {len(records)} records about {len(things)} things")
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ demonstration, pictures of a visitor.
 
 # ruff: noqa: F811  (fixtures are imported, and named again as arguments)
 import json
+import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from PIL import Image
 from transformers import AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -191,32 +193,39 @@ def test_pictures_of_a_visitor_are_edited(tmp_path):
 def test_a_benchmark_is_written_of_a_folder_of_pictures(tmp_path):
     """No locality query asks for an edited fact; the unseen artist is in no training."""
     names = [{"file": f"{i}.png", "name": f"thing {i}", "group": "Objects"} for i in range(60)]
-    folder = tmp_path / "pictures"
+    folder, rng = tmp_path / "pictures", random.Random(0)
     for artist in ("one", "two", emoji.UNSEEN_ARTIST):
         (folder / artist).mkdir(parents=True)
         for thing in names:
-            picture(len(thing["name"])).save(folder / artist / thing["file"])
-    for i in range(60):
-        picture(i).save(folder / "one" / f"photo{'abcdefghij'[i % 10]}-{i // 10}x.jpg")
+            pixels = Image.frombytes("RGB", (4, 4), rng.randbytes(48))
+            pixels.resize((32, 32)).save(folder / artist / thing["file"])
+    (folder / "photos").mkdir()
+    for i in range(24):
+        pixels = Image.frombytes("RGB", (4, 4), rng.randbytes(48))
+        pixels.resize((32, 32)).save(folder / "photos" / f"{chr(97 + i)}.jpg")
+    (folder / "photos" / "the same.jpg").write_bytes((folder / "photos" / "x.jpg").read_bytes())
     (folder / "names.json").write_text(json.dumps({"things": names}))
     ended = python("benchmarks/emoji.py", str(folder), "--out", str(tmp_path / "emoji"))
     assert ended.returncode == 0, ended.stderr
     families = {phrase: name for name, asked in emoji.QUESTIONS.items() for phrase in asked}
+    pictured, shown = 0, set()
     for name in ("train", "eval", "photos.eval"):
-        records = json.loads((tmp_path / "emoji" / f"{name}.json").read_text())
-        thing = {path: Path(path).stem for r in records for path in (r["image"], r["m_loc"])}
-        edited = {(thing[r["image"]], families[r["src"]]) for r in records}
+        file = tmp_path / "emoji" / f"{name}.json"
+        records = json.loads(file.read_text())
+        edited = {(Path(r["image"]).stem, families[r["src"]]) for r in records}
         for record in records:
-            assert thing[record["m_loc"]] not in {about for about, _ in edited}
-            asked = families.get(record["loc"] + "?", families.get(record["loc"]))
-            assert (thing[record["image"]], asked) not in edited
-            held_out = emoji.QUESTIONS[families[record["src"]]][-drawn.HELD_OUT :]
-            assert (record["rephrase"] in held_out) == (name != "train")
+            thing, asked = Path(record["image"]).stem, families.get(record["loc"] + "?")
+            shown |= {thing, Path(record["m_loc"]).stem}
+            assert Path(record["m_loc"]).stem not in {about for about, _ in edited}
+            assert (thing, asked) not in edited
+            pictured += asked is not None or record["loc_ans"] == "yes"
+            again = emoji.QUESTIONS[families[record["src"]]][-drawn.HELD_OUT :]
+            assert (record["rephrase"] in again) == (name != "train")
             assert record["image_rephrase"] != record["image"] and record["alt"] != record["pred"]
             if name == "train":
-                assert not any(emoji.UNSEEN_ARTIST in str(value) for value in record.values())
-        samples = data.read_records(tmp_path / "emoji" / f"{name}.json", tmp_path / "emoji/images")
-        assert len(samples) >= 10 and data.check_pictures(samples)
+                assert not any(emoji.UNSEEN_ARTIST in value for value in record.values())
+        assert data.check_pictures(data.read_records(file, tmp_path / "emoji" / "images"))
+    assert pictured > 10 and not {"x", "the same"} <= shown
 
 
 def test_pictures_are_drawn_with_answers_of_several_lines(tmp_path):
