@@ -464,7 +464,10 @@ def training_of(benchmark: str | None, edits: int) -> tuple[list[EditSample], li
         known = drawn_samples(100, split_scenes()[0], "retriever", held_out=False)
         return known, drawn_samples(edits, crowded_scenes(edits), "tuning", held_out=False)
     train_file, _, images = benchmark_files(benchmark)
-    training = random.Random("tuning").sample(read_records(train_file, images), edits + 100)
+    training = read_records(train_file, images)
+    if len(training) < edits + 100:
+        raise ValueError(f"{train_file} has {len(training)} records, {edits + 100} are needed")
+    training = random.Random("tuning").sample(training, edits + 100)
     return training[:100], training[100:]
 
 
@@ -549,9 +552,11 @@ def costs(results: dict) -> str:
 
 
 def report(results: dict) -> str:
-    """Print all tables."""
-    ways = [markdown(results, way) for way in ("teacher_forced", "free_running")]
-    return "\n\n".join([*ways, kinds(results), costs(results)])
+    """Print all tables; kinds of edits are known of the drawn world only."""
+    tables = [markdown(results, way) for way in ("teacher_forced", "free_running")]
+    if not results.get("data"):
+        tables.append(kinds(results))
+    return "\n\n".join([*tables, costs(results)])
 
 
 def main() -> None:
@@ -576,7 +581,10 @@ def main() -> None:
     # In single precision: with less, small steps of the fine-tuned weights are lost.
     model, processor = load_model(given.model, "cpu", "float32")
     editor = trained_editor(model, processor, given.editor)
-    known, tuning = training_of(given.data, given.tuning_edits)
+    try:
+        known, tuning = training_of(given.data, given.tuning_edits)
+    except (OSError, ValueError) as error:
+        sys.exit(f"peers.py: {error}")
     settings = {name: getattr(given, name) for name in ("model", "data", "edits", "tuning_edits")}
     settings["counts"] = counts
     results = {"methods": {}} | open_results(given.out, settings)
