@@ -123,6 +123,19 @@ def has(file: Path, *parts: str) -> bool:
     return any(part in str(file.parent).lower() for part in parts)
 
 
+def read_things(folder: Path) -> tuple[list[Thing], list[Thing], list[Picture]]:
+    """Give distinct things to train and to evaluate on, and all pictures of the former.
+
+    Raises OSError, TypeError or ValueError that says what is wrong with the folder.
+    """
+    if has(folder.resolve() / "any", UNSEEN_ARTIST, *PHOTOGRAPHS):
+        parts = ", ".join((UNSEEN_ARTIST, *PHOTOGRAPHS))
+        raise ValueError(f"name {folder.resolve()} otherwise: {parts} tell its parts apart")
+    training, evaluation = read_folder(folder)
+    held_out = distinct(things_of(evaluation, training=False))
+    return distinct(things_of(training, training=True), held_out), held_out, training
+
+
 def things_of(pictures: list[Picture], training: bool) -> list[Thing]:
     """Gather pictures by what they show, in each folder the first; a photograph is its own thing.
 
@@ -164,6 +177,8 @@ def apart_from(looks: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def distinct(things: list[Thing], others: list[Thing] = ()) -> list[Thing]:
     """Leave out things that look like an earlier one, or like one of the others."""
+    if not things:
+        return []
     looks, left = looks_of(things), []
     twins = apart_from(looks, looks) < TWINS_APART
     known = [False] * len(things)
@@ -240,11 +255,11 @@ class Writer:
         mixed = self.rng.sample(things, len(things))
         cut = round(EDITED_SHARE * len(mixed))
         edited, left = mixed[:cut], mixed[cut:]
-        if not edited or not left:
-            return []
         named = [thing for thing in things if thing.kind] or things  # others by their files' names
         answers = {"kind": list(KINDS.values()), "color": list(COLORS)}
         answers["name"] = sorted({thing.name for thing in named})
+        if not edited or not left or len(answers["name"]) < 2:
+            return []  # too few things
         facts, free = [], []
         for i, thing in enumerate(edited):
             families = self.rng.sample(thing.known(), len(thing.known()))
@@ -282,12 +297,11 @@ def main() -> None:
     if given.out.exists():
         sys.exit(f"emoji.py: {given.out} exists; delete it or choose another --out")
     try:
-        training, evaluation = read_folder(given.folder)
+        training, held_out, _ = read_things(given.folder)
     except (OSError, ValueError, TypeError) as error:
         sys.exit(f"emoji.py: {error}")
-    held_out = distinct(things_of(evaluation, training=False))
     parts = {
-        "train": distinct(things_of(training, training=True), held_out),
+        "train": training,
         "eval": [
             thing for thing in held_out if thing.kind and not has(thing.files[0], *PHOTOGRAPHS)
         ],

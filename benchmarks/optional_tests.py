@@ -17,11 +17,15 @@ import transformers
 from PIL import Image
 from transformers import AutoProcessor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tiny-llava")]
+import train as training
+
 import data
 import drawn
 import run
 from benchmarks import demo, emoji, figure
+from benchmarks.common import read_stream
 from benchmarks.pictures import read_folder
 from benchmarks.updates import evaluate_updates, updates_of
 from test_liveedit import (  # noqa: F401  (fixtures are found by their names)
@@ -226,6 +230,38 @@ def test_a_benchmark_is_written_of_a_folder_of_pictures(tmp_path):
                 assert not any(emoji.UNSEEN_ARTIST in value for value in record.values())
         assert data.check_pictures(data.read_records(file, tmp_path / "emoji" / "images"))
     assert pictured > 10 and not {"x", "the same"} <= shown
+    stream = read_stream(str(tmp_path / "emoji"), 5, 0)
+    updates = updates_of(stream, 3, 0)
+    assert len(stream) == 5 and all(u.edit.target != stream[u.sample].edit.target for u in updates)
+    (tmp_path / "photos").mkdir()
+    ended = python("benchmarks/emoji.py", str(tmp_path / "photos"), "--out", str(tmp_path / "b"))
+    assert ended.returncode == 1 and "otherwise" in ended.stderr
+
+
+def test_packed_questions_about_pictures_are_answered_as_alone():
+    """Training of the small models sees the very model: a mask that is not applied would show."""
+    model, processor = run.load_model("tiny-llava", "cpu", "float32")
+    packer = training.Packer(processor.tokenizer, model.config.image_seq_length)
+    drawing, rng = drawn.Drawing(drawn.SCENES[0], 1), random.Random(0)
+    features = training.vision_features(model, training.prepare(processor, [drawing], []).pixels)
+    segments = packer.row(drawing.scene, rng)
+    packer.row = lambda name, rng: segments
+    with torch.no_grad():
+        packed, _ = training.packed_logits(
+            model, packer, features.float(), packer.batch([drawing.scene], rng)
+        )
+        alone = []
+        for segment in segments:
+            packer.row = lambda name, rng, one=segment: [one]
+            batch = packer.batch([drawing.scene], rng)
+            alone.append(training.packed_logits(model, packer, features.float(), batch)[0])
+            if segment.sees:  # and as the model itself answers
+                ids = torch.tensor([packer.head + segment.ids])
+                pixels = processor.image_processor(images=drawing.open(), return_tensors="pt")
+                said = model(input_ids=ids, **pixels).logits[0, :-1]
+                rows = torch.tensor(segment.is_answer).nonzero().flatten() + len(packer.head) - 1
+                torch.testing.assert_close(alone[-1], said[rows], atol=0.05, rtol=0.02)
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-3, rtol=1e-3)
 
 
 def test_pictures_are_drawn_with_answers_of_several_lines(tmp_path):

@@ -43,8 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny-llava")]
 import train as tiny_training
 
-from benchmarks.emoji import QUESTIONS, UNSEEN_ARTIST, Thing, distinct, has, things_of
-from benchmarks.pictures import read_folder
+from benchmarks.emoji import QUESTIONS, UNSEEN_ARTIST, Thing, has, read_things, things_of
 from data import ImageFile
 from drawn import FAMILIES, PHRASINGS, SCENES, TRAINING_WORDS, Drawing, Scene
 from run import load_model, set_up_process
@@ -446,9 +445,10 @@ def main() -> None:
     set_up_process()
     start, rng = time.time(), random.Random(options.seed)
     torch.manual_seed(options.seed)
-    training, evaluation = read_folder(options.folder)
-    unknown = distinct(things_of(evaluation, training=False))
-    known = distinct(things_of(training, training=True), unknown)
+    try:
+        known, unknown, training = read_things(options.folder)
+    except (OSError, ValueError, TypeError) as error:
+        sys.exit(f"smol_llava.py: {error}")
     named = [thing for thing in known if thing.kind]
     if not named:
         sys.exit(f"smol_llava.py: {options.folder} has no names.json with groups of things")
