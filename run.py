@@ -46,17 +46,18 @@ ROLES = (
     ("text_generality", "modal_generality"),
     ("modal_locality", "similar_image"),
 )
-# How an editor is trained where the command line does not say otherwise: models of 7B as in the
-# paper, with Adam; small ones (hidden size below SMALL_WIDTH) with Muon, on many edits a step.
+# Two ways to train an editor, where the command line does not say otherwise: as in the paper, with
+# Adam; or with Muon and a cosine, on many edits a step, the default of models below SMALL_WIDTH.
 PAPER = {
-    "train_steps": 40_000, "train_samples": 20_000, "batch_size": 8, "expert_batch_size": 8,
-    "learning_rate": 1e-4,
+    "recipe": "paper", "train_steps": 40_000, "train_samples": 20_000, "batch_size": 8,
+    "expert_batch_size": 8, "learning_rate": 1e-4,
 }  # fmt: skip
-SMALL = {
-    "train_steps": 1000, "train_samples": 14_000, "batch_size": 256, "expert_batch_size": 32,
+SHORT = {
+    "recipe": "short", "train_steps": 1000, "train_samples": 14_000, "batch_size": 256,
+    "expert_batch_size": 32,
     "learning_rate": 1.5e-3,  # at twice this rate gates die: first tokens are edited no more
 }  # fmt: skip
-SMALL_WIDTH = 1024
+SMALL_WIDTH = 1024  # hidden size
 # A small decoder cannot spell a word from its beginning, so the expert does it: one rank for each
 # token of an answer.
 SMALL_EDITOR = {"rank": 12, "heads": 4, "gain": 3.0}
@@ -85,7 +86,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--similarity", choices=("cosine", "dot"), help="of the visual filter (default cosine)")
     add("--threshold", type=float, help="of the visual filter (default the learned sentinel's)")
     add("--blend", action="store_true", help="the paper's plain soft router: newest does not win")
-    add("--train-steps", type=positive, help="this and the next four: default by the model's size")
+    add("--recipe", choices=("paper", "short"), help="of training (default by the model's size)")
+    add("--train-steps", type=positive, help="this and the next four: default by the recipe")
     add("--train-samples", type=positive, help="of the drawn world")
     add("--batch-size", type=positive, help="edits per training step, and process")
     add("--expert-batch-size", type=positive, help="of these, edits that experts are made of")
@@ -179,15 +181,16 @@ def config_for(model, options: argparse.Namespace) -> LiveEditConfig:
     return LiveEditConfig(**settings)
 
 
-def training_defaults(width: int) -> dict:
-    """Choose how to train an editor by the hidden size of its model."""
-    if width >= SMALL_WIDTH:
-        return PAPER
+def training_defaults(width: int, recipe: str | None = None) -> dict:
+    """Choose how to train an editor by the hidden size of its model, where no recipe is given."""
+    recipe = recipe or ("short" if width < SMALL_WIDTH else "paper")
+    if recipe == "paper":
+        return dict(PAPER)
     # The wider the model, the fewer experts, and samples in proportion: steps take about as long.
-    most, least = SMALL["expert_batch_size"], PAPER["expert_batch_size"]
+    most, least = SHORT["expert_batch_size"], PAPER["expert_batch_size"]
     experts = max(least, min(most, 2**13 // width))
-    samples = SMALL["train_samples"] * experts // most
-    return SMALL | {"expert_batch_size": experts, "train_samples": samples}
+    samples = SHORT["train_samples"] * experts // most
+    return SHORT | {"expert_batch_size": experts, "train_samples": samples}
 
 
 def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], list[EditSample]]:
@@ -197,7 +200,8 @@ def prepare(options: argparse.Namespace) -> tuple[LiveEdit, list[EditSample], li
         empty = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
     config, width = config_for(empty, options), empty.config.get_text_config().hidden_size
     config = LiveEdit(empty, None, config).config  # raises if it cannot be edited there
-    defaults = training_defaults(width) | {"eval_batch_size": max(4, 2**14 // width)}
+    defaults = training_defaults(width, options.recipe)
+    defaults |= {"eval_batch_size": max(4, 2**14 // width)}
     for key, value in defaults.items():
         if getattr(options, key) is None:
             setattr(options, key, value)
@@ -284,15 +288,15 @@ class TrainingSet:
         return triple, Rows.gather(other.hidden.float(), other.masks.prompt)
 
 
-def make_optimizers(editor: LiveEdit, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Take Adam. Differs from the paper: Muon trains the matrices of small models."""
+def make_optimizers(editor: LiveEdit, rate: float, recipe: str) -> list[torch.optim.Optimizer]:
+    """Take Adam. Differs from the paper: in the short recipe Muon trains the matrices."""
     parameters = list(editor.parameters())
-    if editor.norm.weight.numel() >= SMALL_WIDTH:
-        return [torch.optim.Adam(parameters, lr=learning_rate, fused=True)]
+    if recipe == "paper":
+        return [torch.optim.Adam(parameters, lr=rate, fused=True)]
     matrices = [parameter for parameter in parameters if parameter.dim() == 2]
     others = [parameter for parameter in parameters if parameter.dim() != 2]
-    muon = torch.optim.Muon(matrices, lr=10 * learning_rate, weight_decay=0.0)
-    return [torch.optim.Adam(others, lr=learning_rate, fused=True), muon]
+    muon = torch.optim.Muon(matrices, lr=10 * rate, weight_decay=0.0)
+    return [torch.optim.Adam(others, lr=rate, fused=True), muon]
 
 
 def cut_gradients(editor: LiveEdit) -> None:
@@ -301,12 +305,12 @@ def cut_gradients(editor: LiveEdit) -> None:
         torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
 
 
-def rate_factor(step: int, steps: int, small: bool) -> float:
+def rate_factor(step: int, steps: int, recipe: str) -> float:
     """Compute the learning rate's factor: the paper's cut after 10,000 steps.
 
-    Differs from the paper in small models: a warm-up and a cosine.
+    Differs from the paper in the short recipe: a warm-up and a cosine.
     """
-    if not small:
+    if recipe == "paper":
         return 0.1 if step >= 10_000 else 1.0
     return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -339,8 +343,8 @@ def load_checkpoint(file: Path, editor: LiveEdit, optimizers: list, progress: di
 
 def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespace) -> dict:
     """Train on all losses of the method. Ctrl-C saves a checkpoint that --resume continues."""
-    small, file = editor.norm.weight.numel() < SMALL_WIDTH, options.out / CHECKPOINT
-    optimizers = make_optimizers(editor, options.learning_rate)
+    file = options.out / CHECKPOINT
+    optimizers = make_optimizers(editor, options.learning_rate, options.recipe)
     settings = {name: getattr(options, name) for name in ("data", "prompt_style", "seed", *PAPER)}
     settings |= {"config": asdict(editor.config), "processes": PROCESSES}
     progress = {"settings": settings, "model": fingerprint(editor.model), "step": 0}
@@ -359,7 +363,7 @@ def train(editor: LiveEdit, samples: list[EditSample], options: argparse.Namespa
     try:
         for step in range(progress["step"], options.train_steps):
             torch.manual_seed((options.seed * 10**6 + step) * PROCESSES + RANK)  # resumes exactly
-            factor = rate_factor(step, options.train_steps, small)
+            factor = rate_factor(step, options.train_steps, options.recipe)
             losses = editor.training_losses(*training_set.batch(step))
             editor.zero_grad()
             losses["total"].backward()

@@ -1158,7 +1158,7 @@ def trained(base, tmp_path_factory):
     samples = drawn.drawn_samples(48, drawn.split_scenes()[0], "test", held_out=False)
     options = run.parse_options(["--out", str(tmp_path_factory.mktemp("trained"))])
     few = {"train_steps": 200, "batch_size": 24, "expert_batch_size": 12, "learning_rate": 3e-3}
-    for name, value in (run.SMALL | few).items():
+    for name, value in (run.SHORT | few).items():
         setattr(options, name, value)
     taught = []  # a step takes one generality query of each sample
     for left_out in ("text_generality", "modal_generality"):

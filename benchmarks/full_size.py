@@ -149,7 +149,7 @@ def paper_steps(editor: LiveEdit, steps: int = 4) -> dict:
     samples = drawn_samples(batch_size * (steps + 1), split_scenes()[0], "full size", False)
     run.CACHE_BYTES = 0  # as with E-VQA's thousands of samples: each step runs the lower layers
     training_set = run.TrainingSet(editor, samples, options)
-    optimizers = run.make_optimizers(editor, run.PAPER["learning_rate"])
+    optimizers = run.make_optimizers(editor, run.PAPER["learning_rate"], "paper")
     times = []
     for number in range(steps + 1):
         began = time.time()

@@ -394,15 +394,15 @@ METHODS = [Unedited, OurEdits, Lookup, InContext, FineTuned, FineTunedOnAll, Ada
 # -------------------------------------------------------------------------------------- measuring
 
 
-def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]:
+def stream_rows(
+    method: Unedited, stream: list, counts: list[int], before: dict[Query, Answer]
+) -> list[dict]:
     """Run the main job's protocol: after 1, 10, ... edits all of them are asked about.
 
-    Seconds are of the processor: those of all threads together. A question is drawn, and answered
-    teacher-forced and freely; LiveEdit tells its edits too (`explain`), which needs a third pass.
+    before: what the model answered without edits. Seconds are of the processor: those of all
+    threads together. A question is drawn, and answered teacher-forced and freely; LiveEdit tells
+    its edits too (`explain`), which needs a third pass.
     """
-    queries = [query for sample in stream for query in sample.queries.values()]
-    method.reset()
-    before = told(method, queries)
     rows = []
     for count in counts:
         tested = stream[: max(count, min(100, len(stream) // count * count))]
@@ -413,11 +413,10 @@ def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]
             began = time.process_time()
             method.edit([sample.edit for sample in part])
             edited = time.process_time()
-            asked = [query for sample in part for query in sample.queries.values()]
-            after = told(method, asked)
+            after = told(method, part)
             editing += edited - began
             answering += time.process_time() - edited
-            number += len(asked)
+            number += len(after)
             for sample in part:
                 results += judge(sample, None, count, before, after)
         row = report_row(count, results) | {"seconds_per_edit": editing / len(tested)}
@@ -427,8 +426,9 @@ def stream_rows(method: Unedited, stream: list, counts: list[int]) -> list[dict]
     return rows
 
 
-def told(method: Unedited, queries: list[Query]) -> dict[Query, Answer]:
-    """Give the method's answers by query."""
+def told(method: Unedited, stream: list[EditSample]) -> dict[Query, Answer]:
+    """Give the method's answers to all queries of a stream, by query."""
+    queries = [query for sample in stream for query in sample.queries.values()]
     return dict(zip(queries, method.answer(queries), strict=True))
 
 
@@ -471,8 +471,11 @@ def training_of(benchmark: str | None, edits: int) -> tuple[list[EditSample], li
     return training[:100], training[100:]
 
 
-def tuned(kind, editor: LiveEdit, known: list, samples: list) -> tuple[dict, list]:
-    """Choose a method's settings on edits of the training; give all that were tried too."""
+def tuned(kind, editor: LiveEdit, known: list, samples: list, before: dict) -> tuple[dict, list]:
+    """Choose a method's settings on edits of the training; give all that were tried too.
+
+    before: what the model answered without edits.
+    """
     grid, depth = [], len(find_decoder_layers(editor.model)[0])
     for settings in kind.grid:
         layer = {"layer": settings["layer"] * depth // 6} if "layer" in settings else {}
@@ -483,7 +486,7 @@ def tuned(kind, editor: LiveEdit, known: list, samples: list) -> tuple[dict, lis
     for settings in grid:
         torch.manual_seed(0)
         method = kind(editor, known, **settings)
-        row = stream_rows(method, samples, [len(samples)])[0]
+        row = stream_rows(method, samples, [len(samples)], before)[0]
         method.close()
         tried.append({"settings": settings, "quality": round(quality(row), 2)})
         print(kind.name, tried[-1], flush=True)
@@ -566,6 +569,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", help="ask after these (1, 10, 100, all)")
     parser.add_argument("--tuning-edits", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--half", action="store_true", help="compute in half precision: faster")
     parser.add_argument("--methods", nargs="+", choices=[kind.name for kind in METHODS])
     given = parser.parse_args()
     if given.table:
@@ -578,7 +582,7 @@ def main() -> None:
     if Adapter in chosen and importlib.util.find_spec("peft") is None:
         sys.exit("peers.py: LoRA-FT needs `pip install peft`; or choose other --methods")
     set_up_process()
-    # In single precision: with less, small steps of the fine-tuned weights are lost.
+    # Weights in single precision: with less, small steps of the fine-tuned ones are lost.
     model, processor = load_model(given.model, "cpu", "float32")
     editor = trained_editor(model, processor, given.editor)
     try:
@@ -586,26 +590,31 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"peers.py: {error}")
     settings = {name: getattr(given, name) for name in ("model", "data", "edits", "tuning_edits")}
-    settings["counts"] = counts
+    settings |= {"counts": counts, "half": given.half}
     results = {"methods": {}} | open_results(given.out, settings)
-    for kind in chosen:
-        found = results["methods"].get(kind.name)
-        if found is None:
-            began = time.time()
-            settings, tried = tuned(kind, editor, known, tuning)
-            found = {"settings": settings, "seconds_of_tuning": time.time() - began}
-            found |= {"tried": tried, "seeds": {}}
-        for seed in given.seeds:
-            if str(seed) in found["seeds"]:
-                continue  # of an earlier run
-            torch.manual_seed(seed)
-            method = kind(editor, known, **found["settings"])
-            stream = read_stream(given.data, given.edits, seed)
-            found["seeds"][str(seed)] = stream_rows(method, stream, counts)
-            method.close()
-            results["methods"][kind.name] = found
-            given.out.write_text(json.dumps(results, indent=1))
-        print(kind.name, found["settings"])
+    streams = {seed: read_stream(given.data, given.edits, seed) for seed in given.seeds}
+    # Without the cache, which would keep halves of weights that are tuned since.
+    with torch.autocast("cpu", torch.bfloat16, enabled=given.half, cache_enabled=False):
+        unedited = Unedited(editor, known)
+        tuning_before = told(unedited, tuning) if tuning else {}
+        before = {seed: told(unedited, stream) for seed, stream in streams.items()}
+        for kind in chosen:
+            found = results["methods"].get(kind.name)
+            if found is None:
+                began = time.time()
+                settings, tried = tuned(kind, editor, known, tuning, tuning_before)
+                found = {"settings": settings, "seconds_of_tuning": time.time() - began}
+                found |= {"tried": tried, "seeds": {}}
+            for seed, stream in streams.items():
+                if str(seed) in found["seeds"]:
+                    continue  # of an earlier run
+                torch.manual_seed(seed)
+                method = kind(editor, known, **found["settings"])
+                found["seeds"][str(seed)] = stream_rows(method, stream, counts, before[seed])
+                method.close()
+                results["methods"][kind.name] = found
+                given.out.write_text(json.dumps(results, indent=1))
+            print(kind.name, found["settings"])
     print(report(results))
 
 

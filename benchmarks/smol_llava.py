@@ -248,8 +248,7 @@ class PicturePacker(tiny_training.Packer):
 
     def asked(self, name: Scene | Thing, rng: random.Random) -> list[tuple[str, str, bool]]:
         if isinstance(name, Scene):
-            asked = [(f, phrase) for f in FAMILIES for phrase in rng.sample(PHRASINGS[f], 2)]
-            phrases = [(phrase, name.answer(family)) for family, phrase in asked]
+            phrases = [(rng.choice(PHRASINGS[f]), name.answer(f)) for f in FAMILIES]
         else:
             known = [(rng.choice(QUESTIONS[f]), getattr(name, f)) for f in name.known()]
             phrases = [*known, (rng.choice(QUESTIONS["name"]), name.name)]
@@ -351,11 +350,11 @@ def train(
         shown = rng.choices(named, k=options.batch_size - len(scenes))
         names = [drawings.names[i] for i in scenes] + [things.names[i] for i in shown]
         seen = torch.cat([drawings.features[scenes], things.features[shown]]).float()
-        batch, texts = packer.batch(names, rng), rng.sample(plain, options.batch_size)
+        batch, texts = packer.batch(names, rng), rng.sample(plain, (options.batch_size + 1) // 2)
         with torch.autocast("cpu", torch.bfloat16):
             logits, wanted = tiny_training.packed_logits(model, packer, seen, batch)
             answering = F.cross_entropy(logits.float(), wanted)
-            pictures = projector(seen) if step % 2 else None
+            pictures = projector(seen[: len(texts)]) if step % 2 else None
             drifting = drift(teacher, model, texts, pictures)
             looking = alike(projector, things)
         loss = answering + DRIFT_WEIGHT * drifting + looking
@@ -436,8 +435,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="pictures, as benchmarks/emoji.py takes them")
     parser.add_argument("--seed", type=int, default=0, help="of data and training (default 0)")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "smol-llava", help="folder")
-    parser.add_argument("--steps", type=int, default=250, help="of the training")
-    parser.add_argument("--batch-size", type=int, default=9, help="pictures, and plain texts")
+    parser.add_argument("--steps", type=int, default=300, help="of the training")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures a step")
     parser.add_argument("--drawings", type=int, default=4000, help="of the drawn world")
     parser.add_argument("--unnamed", type=int, default=2000, help="things that are only told apart")
     parser.add_argument("--plain", type=int, default=1024, help="plain answers that it must keep")
