@@ -1943,7 +1943,7 @@ def test_the_main_job_runs_on_benchmark_files(tmp_path):
     options = [word for k, v in given.items() for word in (f"--{k.replace('_', '-')}", v)]
     options += ["--train-steps", 2, "--batch-size", 3, "--expert-batch-size", 2, "--blend"]
     options += ["--eval-batch-size", 7, "--dtype", "float16", "--device", "cpu", "--seed", 3]
-    out = ["--out", tmp_path / "out"]
+    out = ["--recipe", "paper", "--out", tmp_path / "out"]
     result = python("run.py", "--data", "vlkeb-onehop", "--data-root", root, *options, *out)
     assert result.returncode == 0, result.stderr
     assert "Port" in result.stdout
@@ -1952,6 +1952,7 @@ def test_the_main_job_runs_on_benchmark_files(tmp_path):
     assert metrics["rows"][-1]["free_running"]["portability"] is not None
     assert {name: metrics["config"][name] for name in given} == given
     assert not metrics["config"]["newest_wins"] and metrics["options"]["batch_size"] == 2
+    assert metrics["options"]["learning_rate"] == run.PAPER["learning_rate"]
 
 
 def test_a_dry_run_says_what_it_found_and_loads_nothing(tmp_path, capsys):
