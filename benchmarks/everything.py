@@ -23,7 +23,7 @@ BENCHMARKS = {
     "peers": (
         [*EDITOR, "--tuning-edits", "100"],
         [*EDITOR, "--tuning-edits", "0", "--edits", "4", "--counts", "2", "4"]
-        + ["--seeds", "0", *WITHOUT_LORA],
+        + ["--seeds", "0", "--half", *WITHOUT_LORA],
     ),
     "ablations": ([*EDITOR, "--edits", "250"], [*EDITOR, "--edits", "5"]),
     "robustness": ([*EDITOR, "--edits", "250"], [*EDITOR, "--edits", "5"]),

@@ -6,7 +6,7 @@ Each edit of the stream is asked again with its second picture. Up to the edit l
 how often that picture is nearest to the edit's own, by the mean of what a stage holds of pictures:
 what can be found there without any editor. Then how often the own edit is the most similar one by
 the filter's features, whether the filter keeps it, and whether it is used. For models that have a
-`vision_tower` and a `multi_modal_projector`. Writes where.json.
+`multi_modal_projector`. Writes where.json.
 """
 
 import json
@@ -97,8 +97,14 @@ def main() -> None:
     if given.table:
         print(markdown(json.loads(given.table.read_text())))
         return
+    try:
+        stream, distinct = read_stream(given.data, given.edits, given.seed), {}
+    except (OSError, ValueError) as error:
+        sys.exit(f"where.py: {error}")
     editor = trained_editor(*load_model(given.model, "cpu", "auto"), given.editor)
-    stream, distinct = read_stream(given.data, given.edits, given.seed), {}
+    if not hasattr(editor.model.model, "multi_modal_projector"):
+        sys.exit(f"where.py: {given.model} has no multi_modal_projector to look behind")
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     for sample in stream:  # one edit of each picture: those of one picture are equally near
         distinct.setdefault(sample.edit.image, sample)
     stream = list(distinct.values())
