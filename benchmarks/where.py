@@ -28,6 +28,8 @@ from router import Rows
 from run import load_model, question
 
 BATCH = 32
+SHIFTS = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1)  # of each query's threshold
+KEPT = {"own": "own edit kept", "any": "other picture keeps an edit"}
 
 
 @torch.no_grad()
@@ -59,24 +61,30 @@ def nearest(edited: Tensor, seen: Tensor) -> list[bool]:
 
 
 @torch.no_grad()
-def filtered(editor: LiveEdit, queries: list[Query]) -> dict[str, list[bool]]:
-    """Tell of each query, asked after all edits, whether its own is most similar, kept, used."""
-    found: dict[str, list[bool]] = {"most similar": [], "kept by the filter": [], "used": []}
-    keys, ids = editor.experts.rows("visual_keys"), [edit.id for edit in editor.edits()]
+def margins(editor: LiveEdit, queries: list[Query]) -> Tensor:
+    """Tell how far above its threshold each query's similarity with each edit is, (n, N)."""
+    keys, above = editor.experts.rows("visual_keys"), []
     for i in range(0, len(queries), BATCH):
         asked = [question(query) for query in queries[i : i + BATCH]]
         states = editor.capture(asked, above=False)
         hidden, masks = states.hidden.float(), states.masks
         features = editor.router.features(Rows(hidden, masks.prompt), Rows(hidden, masks.image))
         similarity = editor.router.visual_similarity(features.visual, keys)
-        kept = editor.router.hard_filter(similarity, features)[1]
-        own = torch.arange(i, i + len(asked))
-        found["most similar"] += (similarity.argmax(1) == own).tolist()
-        found["kept by the filter"] += kept.gather(1, own[:, None])[:, 0].tolist()
+        threshold = editor.router.hard_filter(similarity, features)[0]
+        above.append(similarity - threshold[:, None])
+    return torch.cat(above)
+
+
+@torch.no_grad()
+def uses_own(editor: LiveEdit, queries: list[Query]) -> list[bool]:
+    """Tell of each query whether it uses the edit of the same row."""
+    used = []
+    for i in range(0, len(queries), BATCH):
+        asked = [question(query) for query in queries[i : i + BATCH]]
         inputs = editor.encode([q.image for q in asked], [q.prompt for q in asked])
-        for row, used in zip(own.tolist(), editor.explain(inputs), strict=True):
-            found["used"].append(ids[row] in [edit["id"] for edit in used])
-    return found
+        used += [[edit["id"] for edit in row] for row in editor.explain(inputs)]
+    pairs = zip(editor.edits(), used, strict=True)
+    return [edit.id in ids for edit, ids in pairs]
 
 
 def kind_of(sample: EditSample) -> str:
@@ -113,9 +121,13 @@ def main() -> None:
     edited, seen = stages(editor, edits), stages(editor, seconds)
     found = {name: nearest(edited[name], seen[name]) for name in edited}
     editor.edit_many([question(query) for query in edits], BATCH)
-    found |= filtered(editor, seconds)
+    above = margins(editor, seconds)
+    found["most similar"] = (above.argmax(1) == torch.arange(len(stream))).tolist()
+    found["kept by the filter"] = (above.diagonal() > 0).tolist()
+    found["used"] = uses_own(editor, seconds)
+    others = margins(editor, [sample.queries["modal_locality"] for sample in stream])
     kinds = [kind_of(sample) for sample in stream]
-    results = {"edits": len(stream), "of a kind": {}, "stages": {}}
+    results = {"edits": len(stream), "of a kind": {}, "stages": {}, "threshold": {}}
     for kind in sorted(set(kinds)):
         results["of a kind"][kind] = kinds.count(kind)
     for name, hits in found.items():
@@ -123,15 +135,19 @@ def main() -> None:
         for kind in results["of a kind"]:
             row[kind] = percent(h for h, k in zip(hits, kinds, strict=True) if k == kind)
         results["stages"][name] = row
+    for shift in SHIFTS:
+        kept = (above.diagonal() > shift).tolist(), (others.amax(1) > shift).tolist()
+        results["threshold"][f"{shift:+.2f}"] = dict(zip(KEPT, map(percent, kept), strict=True))
     given.out.write_text(json.dumps(results, indent=1))
     print(markdown(results))
 
 
 def markdown(results: dict) -> str:
-    """Print a row for each stage, a column for each kind of second picture."""
+    """Print a row for each stage and each threshold, a column for each kind of second picture."""
     columns = {"all": f"all ({results['edits']})"}
     columns |= {kind: f"{kind} ({count})" for kind, count in results["of a kind"].items()}
-    return table("own edit found, %", columns, results["stages"])
+    found = table("own edit found, %", columns, results["stages"])
+    return found + "\n\n" + table("threshold, %", KEPT, results["threshold"])
 
 
 if __name__ == "__main__":
