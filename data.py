@@ -256,9 +256,10 @@ def read_records(file: Path, image_root: Path, official: str | None = None) -> l
         raise ValueError(f"{file} must hold a list of records")
     lacking = [f"record {i} lacks {name}" for i, r in enumerate(records) for name in _lacking(r)]
     complain(f"malformed records in {file}", lacking)
-    things, samples = _things(records), []
+    edited = {record[name] for record in records for name in ("image", "image_rephrase")}
+    samples = []
     for i, record in enumerate(records):
-        queries = _queries(record, image_root, things, official)
+        queries = _queries(record, image_root, edited, official)
         samples.append(EditSample("benchmark", queries, f"{file}, record {i}"))
     return samples
 
@@ -304,20 +305,8 @@ def check_pictures(samples: list[EditSample]) -> int:
     return len(pictures)
 
 
-def _things(records: list[dict]) -> dict[str, str]:
-    """Name what each edited picture shows: both pictures of an edit show the same."""
-    alike: dict[str, set[str]] = {}
-    for record in records:
-        pair = record["image"], record["image_rephrase"]
-        together = alike.get(pair[0], {pair[0]}) | alike.get(pair[1], {pair[1]})
-        alike |= dict.fromkeys(together, together)
-    return {picture: min(together) for picture, together in alike.items()}
-
-
-def _queries(
-    record: dict, root: Path, things: dict[str, str], official: str | None
-) -> dict[str, Query]:
-    """The queries of a record; things: what the pictures show that some record edits."""
+def _queries(record: dict, root: Path, edited: set[str], official: str | None) -> dict[str, Query]:
+    """The queries of a record; edited: the pictures that some record edits."""
     suffixed = BENCHMARKS[official].suffixed if official else ()
     text = {name: without_picture(record[name]) for name in PICTURED_PROMPTS}
     text |= {name: text[name] + " The answer is:" for name in suffixed}
@@ -326,8 +315,7 @@ def _queries(
         loc = record["loc"].removeprefix("nq question: ").strip().rstrip("?") + "?"
 
     def ask(image: str, prompt: str, target: str) -> Query:
-        thing = things.get(record[image], record[image])
-        return Query(ImageFile(root / record[image]), prompt, target, (thing, prompt))
+        return Query(ImageFile(root / record[image]), prompt, target, (record[image], prompt))
 
     edit = ask("image", text["src"], record["alt"])
     anew = ImageFile(root / record["image_rephrase"])
@@ -340,7 +328,7 @@ def _queries(
         "same_image": ask("image", loc, record["loc_ans"]),
         "no_image": Query(None, text["src"], record["pred"], ("text", text["src"])),
     }
-    if record["m_loc"] not in things:  # else the same question may ask for an edited fact
+    if record["m_loc"] not in edited:  # else the same question may ask for an edited fact
         queries["similar_image"] = ask("m_loc", text["src"], record["pred"])
     if port := _portability(record):
         asked = without_picture(port["port_q"])

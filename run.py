@@ -19,7 +19,7 @@ import random
 import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +39,13 @@ from training_pictures import training_samples
 
 SHORT_NAMES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf"}
 SHORT_NAMES |= {"tiny-llava": str(Path(__file__).resolve().parent / "tiny-llava")}
-PICTURED_LOCALITY = ("modal_locality", "similar_image")  # one of them trains locality
+# A training batch has one query of each line for each edit.
+# Differs from the paper, where both generality queries and all of locality are in each step.
+ROLES = (
+    ("reliability",),
+    ("text_generality", "modal_generality"),
+    ("modal_locality", "similar_image"),
+)
 # Two ways to train an editor, where the command line does not say otherwise: as in the paper, with
 # Adam; or with Muon and a cosine, on many edits a step, the default of models below SMALL_WIDTH.
 PAPER = {
@@ -265,24 +271,19 @@ class TrainingSet:
         return [triple for triple, _ in made], Rows.cat([rows for _, rows in made])
 
     def capture(self, chosen: list[int]) -> tuple[tuple[States, ...], Rows]:
-        """Run the lower layers for edits, for their generality and their locality queries.
+        """Run the lower layers for one triple of samples, with one query of each of ROLES.
 
-        Generality is another picture, asked about in other words. Differs from the paper, where
-        both are in each step, one by one, and all of locality.
         Text locality are the prompt rows of another question about each edited picture. Nothing
         is learned from questions without a picture: they are never edited.
         """
-        roles: list[list[Query]] = [[], [], []]
-        others, rng = [], random.Random(f"{self.seed} {self.epoch} query {chosen[0]}")
-        for queries in (self.samples[i].queries for i in chosen):
-            again = queries["modal_generality"]
-            rephrased = queries.get("text_generality", again).prompt
-            untouched = rng.choice([name for name in PICTURED_LOCALITY if name in queries])
-            roles[0].append(queries["reliability"])
-            roles[1].append(replace(again, prompt=rephrased))
-            roles[2].append(queries[untouched])
-            others.append(question(queries["same_image"]))
-        triple = tuple(self.editor.capture([question(q) for q in role]) for role in roles)
+        samples, asked = [self.samples[i] for i in chosen], []
+        rng = random.Random(f"{self.seed} {self.epoch} query {chosen[0]}")
+        for role in ROLES:
+            names = [[name for name in role if name in sample.queries] for sample in samples]
+            queries = [s.queries[rng.choice(n)] for s, n in zip(samples, names, strict=True)]
+            asked.append([question(query) for query in queries])
+        triple = tuple(self.editor.capture(questions) for questions in asked)
+        others = [question(sample.queries["same_image"]) for sample in samples]
         other = self.editor.capture(others, above=False)
         return triple, Rows.gather(other.hidden.float(), other.masks.prompt)
 

@@ -1050,18 +1050,6 @@ def test_a_triple_holds_the_queries_of_its_samples_row_by_row(editor):
     assert generality.masks.image.sum(1).tolist() == [36, 36]
 
 
-def test_generality_is_another_picture_asked_about_in_other_words(editor, tmp_path, monkeypatch):
-    folder, asked, open_query = published(tmp_path, "mine", SIX), [], run.question
-    samples = data.read_records(folder / "train.json", folder / "images")
-    options = SimpleNamespace(batch_size=2, expert_batch_size=2, seed=0)
-    made = run.TrainingSet(editor, samples, options)
-    monkeypatch.setattr(run, "question", lambda query: asked.append(query) or open_query(query))
-    made.capture([0, 4])
-    again = [query for query in asked if query.image.path.name == "b.png"]
-    assert [query.prompt for query in again] == ["Name it."] * 2
-    assert [query.target for query in again] == ["dog"] * 2
-
-
 def test_editing_losses_are_the_models_own_and_a_kl_divergence(editor):
     (triple,), _ = training_batch(editor)
     scores, kept = torch.zeros(3, 3, 3), torch.ones(3, 3, 3).bool()
@@ -1796,18 +1784,6 @@ def test_published_benchmarks_are_read_as_they_are(tmp_path, name):
     assert prompts["reliability"] == "What is it?" + " The answer is:" * (name == "evqa")
     assert not any("The answer is:" in query.prompt for query in plain.queries.values())
     assert data.check_pictures([plain]) == 3
-
-
-def test_all_pictures_of_a_thing_speak_of_one_fact(tmp_path):
-    again = RECORD | {"image": "b.png", "image_rephrase": "c.png", "alt": "cow"}
-    folder = published(tmp_path, "mine", [RECORD, again, *SIX])
-    samples = data.read_records(folder / "train.json", folder / "images")
-    first, second = samples[:2]
-    assert first.edit.fact == second.edit.fact == second.queries["modal_generality"].fact
-    assert first.edit.fact != samples[2].edit.fact  # another question
-    assert "similar_image" not in first.queries  # c.png shows what is edited
-    groups = data.Batches(samples, 2, 1, "seed").groups
-    assert len(groups) == 4 and not any({0, 1} <= set(group) for group in groups)
 
 
 MALFORMED = [

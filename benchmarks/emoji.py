@@ -11,9 +11,8 @@ FOLDER is as `pictures.py` takes it; nothing of these packages ships. Things tha
 evaluation (another third where anything in FOLDER changes) are edited in eval.json, all others in
 train.json. Edits say something else about a thing: its name, its kind or its color, counterfactual
 or in words that no training has seen. The second picture of an edit is by another artist, where
-there is one, else a view of the first; train.json says each edit of a thing once for each of its
-artists, with any two of them. Half of the pictures that must stay as they are look most alike to
-the edited one; none of them is edited. What UNSEEN_ARTIST has drawn is in no training.
+there is one, else a view of the first. Half of the pictures that must stay as they are look most
+alike to the edited one; none of them is edited. What UNSEEN_ARTIST has drawn is in no training.
 photos.eval.json is a stream of photographs, whose second pictures are views.
 """
 
@@ -213,23 +212,16 @@ class Writer:
         return str(name)
 
     def record(
-        self,
-        thing: Thing,
-        family: str,
-        prompt: str,
-        free: list[str],
-        left: Thing,
-        wrong: list,
-        held_out: bool,
+        self, thing: Thing, family: str, free: list[str], left: Thing, wrong: list, held_out: bool
     ) -> dict[str, str]:
-        """One edit of what is said of a thing, about any two of its pictures.
+        """One edit of what is said of a thing.
 
         free: families that no edit of this thing changes; left: a thing that is not edited; wrong:
         answers that are true of other things.
         """
         rng = self.rng
         asked = {name: phrases[:-HELD_OUT] for name, phrases in QUESTIONS.items()}
-        true = getattr(thing, family)
+        prompt, true = rng.choice(asked[family]), getattr(thing, family)
         again = QUESTIONS[family][-HELD_OUT:] if held_out else asked[family]
         target = rng.choice([answer for answer in wrong if answer != true])
         if rng.random() < OPEN_SHARE:
@@ -280,12 +272,9 @@ class Writer:
         self.rng.shuffle(facts)
         for i, family in tqdm(facts[:most], desc="records"):
             near = self.rng.choice(alike[i] if self.rng.random() < 0.5 else left)
-            prompt = self.rng.choice(QUESTIONS[family][:-HELD_OUT])
-            told = family, prompt, free[i], near, answers[family], held_out
-            # In training again and again, with other pictures of it and other answers.
-            times = 1 if held_out else len(edited[i].files)
-            records += [self.record(edited[i], *told) for _ in range(times)]
-        return records[:most]
+            told = free[i], near, answers[family], held_out
+            records.append(self.record(edited[i], family, *told))
+        return records
 
 
 def look_alikes(things: list[Thing], others: list[Thing]) -> list[list[Thing]]:
@@ -302,7 +291,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "emoji", help="folder")
     parser.add_argument("--edits", type=int, default=500, help="records of eval.json, at most")
     parser.add_argument("--photos", type=int, default=100, help="of photos.eval.json, at most")
-    parser.add_argument("--train", type=int, default=4200, help="of train.json, at most")
+    parser.add_argument("--train", type=int, default=6000, help="of train.json, at most")
     parser.add_argument("--seed", type=int, default=0, help="of all choices (default 0)")
     given = parser.parse_args()
     if given.out.exists():

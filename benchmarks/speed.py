@@ -28,7 +28,7 @@ from data import LOCALITY_QUERIES
 from generator import apply_experts
 from liveedit import LiveEdit, Question
 from run import (
-    PICTURED_LOCALITY,
+    ROLES,
     TrainingSet,
     load_model,
     parse_options,
@@ -97,8 +97,7 @@ def straightforward_step(editor: LiveEdit, samples: list) -> None:
         answer = edit.masks.answer
         used = edit.masks.image | edit.masks.prompt | answer
         embedded = editor.model.get_input_embeddings()(edit.labels[answer]).float()
-        roles = ("reliability", "modal_generality", *PICTURED_LOCALITY)
-        for name in [name for name in roles if name in sample.queries]:
+        for name in [name for role in ROLES for name in role if name in sample.queries]:
             U, V = editor.generator(edit.hidden.float(), used, answer, embedded)
             row = editor.capture([question(sample.queries[name])])
             hidden = row.hidden.float()
