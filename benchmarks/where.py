@@ -11,6 +11,7 @@ the filter's features, whether the filter keeps it, and whether it is used. For 
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -122,9 +123,16 @@ def main() -> None:
     found = {name: nearest(edited[name], seen[name]) for name in edited}
     editor.edit_many([question(query) for query in edits], BATCH)
     above = margins(editor, seconds)
-    found["most similar"] = (above.argmax(1) == torch.arange(len(stream))).tolist()
+    own = torch.arange(len(stream))
+    found["most similar"] = (above.argmax(1) == own).tolist()
     found["kept by the filter"] = (above.diagonal() > 0).tolist()
     found["used"] = uses_own(editor, seconds)
+    # The same words as the edit's are a hint; without it:
+    phrases = [sample.queries["text_generality"].prompt for sample in stream]
+    pairs = zip(seconds, phrases, strict=True)
+    rephrased = margins(editor, [replace(query, prompt=phrase) for query, phrase in pairs])
+    found["most similar, in other words"] = (rephrased.argmax(1) == own).tolist()
+    found["kept, in other words"] = (rephrased.diagonal() > 0).tolist()
     others = margins(editor, [sample.queries["modal_locality"] for sample in stream])
     kinds = [kind_of(sample) for sample in stream]
     results = {"edits": len(stream), "of a kind": {}, "stages": {}, "threshold": {}}
