@@ -99,13 +99,15 @@ def kind_of(sample: EditSample) -> str:
 
 def main() -> None:
     parser = options_of(__doc__, "where.json")
-    parser.add_argument("--data", required=True, help="a folder as benchmarks/emoji.py writes it")
+    parser.add_argument("--data", help="a folder as benchmarks/emoji.py writes it")
     parser.add_argument("--edits", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the stream")
     given = parser.parse_args()
     if given.table:
         print(markdown(json.loads(given.table.read_text())))
         return
+    if given.data is None:
+        parser.error("--data names a folder as benchmarks/emoji.py writes it")
     try:
         stream, distinct = read_stream(given.data, given.edits, given.seed), {}
     except (OSError, ValueError) as error:
