@@ -5,8 +5,9 @@
 Each edit of the stream is asked again with its second picture. Up to the edit layer the table tells
 how often that picture is nearest to the edit's own, by the mean of what a stage holds of pictures:
 what can be found there without any editor. Then how often the own edit is the most similar one by
-the filter's features, whether the filter keeps it, and whether it is used. For models that have a
-`multi_modal_projector`. Writes where.json.
+the filter's features, whether the filter keeps it (in the edit's words and in others), and whether
+it is used; and what another threshold would keep, of these and of pictures that no edit concerns.
+For models that have a `multi_modal_projector`. Writes where.json.
 """
 
 import json
@@ -26,7 +27,7 @@ from benchmarks.peers import pooled
 from data import EditSample, Query
 from liveedit import LiveEdit
 from router import Rows
-from run import load_model, question
+from run import load_model, positive, question
 
 BATCH = 32
 SHIFTS = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1)  # of each query's threshold
@@ -100,7 +101,7 @@ def kind_of(sample: EditSample) -> str:
 def main() -> None:
     parser = options_of(__doc__, "where.json")
     parser.add_argument("--data", help="a folder as benchmarks/emoji.py writes it")
-    parser.add_argument("--edits", type=int, default=500)
+    parser.add_argument("--edits", type=positive, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the stream")
     given = parser.parse_args()
     if given.table:
@@ -112,13 +113,15 @@ def main() -> None:
         stream, distinct = read_stream(given.data, given.edits, given.seed), {}
     except (OSError, ValueError) as error:
         sys.exit(f"where.py: {error}")
+    for sample in stream:  # one edit of each picture: those of one picture are equally near
+        distinct.setdefault(sample.edit.image, sample)
+    stream = list(distinct.values())
+    if len(stream) < 2:
+        sys.exit(f"where.py: {given.data}, {given.edits} edits: the nearest of one picture is no find")
     editor = trained_editor(*load_model(given.model, "cpu", "auto"), given.editor)
     if not hasattr(editor.model.model, "multi_modal_projector"):
         sys.exit(f"where.py: {given.model} has no multi_modal_projector to look behind")
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    for sample in stream:  # one edit of each picture: those of one picture are equally near
-        distinct.setdefault(sample.edit.image, sample)
-    stream = list(distinct.values())
     edits = [sample.edit for sample in stream]
     seconds = [sample.queries["modal_generality"] for sample in stream]
     edited, seen = stages(editor, edits), stages(editor, seconds)
