@@ -117,7 +117,7 @@ def main() -> None:
         distinct.setdefault(sample.edit.image, sample)
     stream = list(distinct.values())
     if len(stream) < 2:
-        sys.exit(f"where.py: {given.data}, {given.edits} edits: the nearest of one picture is no find")
+        sys.exit(f"where.py: {given.data} and --edits {given.edits} give fewer than two pictures")
     editor = trained_editor(*load_model(given.model, "cpu", "auto"), given.editor)
     if not hasattr(editor.model.model, "multi_modal_projector"):
         sys.exit(f"where.py: {given.model} has no multi_modal_projector to look behind")
