@@ -14,6 +14,7 @@ are continued: methods and seeds that it has are not run again. LiveEdit is one 
 trained before.
 """
 
+import copy
 import importlib.util
 import json
 import random
@@ -104,6 +105,7 @@ class Lookup(Unedited):
         """Take the least similarity and what a question is known by: see `features`."""
         super().__init__(editor, known)
         self.threshold, self.by, self.edits, self.keys = threshold, by, [], None
+        self.known_answers: dict[Query, Answer] = {}  # of the model as it is: see `tuned`
         self.center = torch.zeros(1)
         self.center = self.features([sample.edit for sample in known]).mean(0)
 
@@ -145,8 +147,14 @@ class Lookup(Unedited):
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys])
         self.edits = self.edits + edits
 
+    def model_answers(self, queries: list[Query]) -> list[Answer]:
+        """Answer as the model does; it is asked only what it has not said already."""
+        new = [query for query in queries if query not in self.known_answers]
+        said = self.known_answers | dict(zip(new, super().answer(new), strict=True))
+        return [copy.copy(said[query]) for query in queries]
+
     def answer(self, queries):
-        answers = super().answer(queries)
+        answers = self.model_answers(queries)
         for said, near in zip(answers, self.nearest(queries), strict=True):
             if near:
                 labels = self.editor.encode(None, "?", near.target)["labels"][0]
@@ -181,7 +189,7 @@ class InContext(Lookup):
                 parts = {"question": near.prompt, "answer": near.target, "asked": query.prompt}
                 query = replace(query, prompt=self.form.format(**parts))
             asked.append(query)
-        return answer(self.editor, asked, BATCH)
+        return self.model_answers(asked)
 
 
 class FineTuned(Unedited):
@@ -486,6 +494,8 @@ def tuned(kind, editor: LiveEdit, known: list, samples: list, before: dict) -> t
     for settings in grid:
         torch.manual_seed(0)
         method = kind(editor, known, **settings)
+        if isinstance(method, Lookup):
+            method.known_answers = before
         row = stream_rows(method, samples, [len(samples)], before)[0]
         method.close()
         tried.append({"settings": settings, "quality": round(quality(row), 2)})
