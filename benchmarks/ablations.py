@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-batch-size", type=int, default=128)
+    parser.add_argument("--only", nargs="+", choices=list(ABLATIONS), help="these rows")
     given = parser.parse_args()
     if given.edits < 5:
         parser.error("--edits must be at least 5: a fifth of them are edited again")
@@ -182,7 +183,7 @@ def main() -> None:
     results = {"ablations": {}} | open_results(given.out, settings)
     before = {}
     for name, (changes, change) in ABLATIONS.items():
-        if name in results["ablations"]:
+        if name in results["ablations"] or (given.only and name not in given.only):
             continue
         editor = trained_editor(model, processor, given.editor, **changes)
         before = before or ask_before(editor, stream, given.eval_batch_size)

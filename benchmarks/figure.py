@@ -1,8 +1,13 @@
-"""The figure of the main job: `python benchmarks/figure.py output` draws output/edits.png anew.
+"""Draw the figure of a main job anew: some of its edits, with the answers before and after.
 
-Reads what `python run.py` left in a folder; only runs on the drawn world can be drawn again.
+    python benchmarks/figure.py output                 draws output/edits.png
+    python benchmarks/figure.py output/smol --shown 20 --of google twitter --out emoji.png
+
+Reads what `python run.py` left in a folder, and the benchmark where it was one. With --of, edits
+alone all of whose pictures lie in folders with such a part in their name.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,8 +15,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common import read_stream
+from benchmarks.emoji import has
 from data import EditSample
-from drawn import drawn_stream
 from training_pictures import on_white
 
 TITLES = {
@@ -49,7 +55,7 @@ def draw_edits(stream: list[EditSample], predictions: list[dict], file: Path, sh
                 picture = on_white(stream[i].queries[name].image.open()).resize((SIDE, SIDE))
                 sheet.paste(picture, (x, 24 + row * ROW))
                 _write(pen, font, (x, 24 + row * ROW + SIDE + 4), results[i][name])
-    sheet.save(file)
+    sheet.quantize().save(file, optimize=True)  # 256 colors: a third of the bytes
 
 
 def _write(pen: ImageDraw.ImageDraw, font, at: tuple[int, int], result: dict) -> None:
@@ -67,15 +73,31 @@ def _write(pen: ImageDraw.ImageDraw, font, at: tuple[int, int], result: dict) ->
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    folder = Path(sys.argv[1])
-    options = json.loads((folder / "metrics.json").read_text())["options"]
-    if options["data"] is not None:
-        sys.exit(f"{folder} is no run on the drawn world")
-    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    stream = drawn_stream(options["edits"], options["seed"])
-    draw_edits(stream, [json.loads(line) for line in lines], folder / "edits.png")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="--out of the main job")
+    parser.add_argument("--shown", type=int, default=6, help="edits (default 6)")
+    parser.add_argument("--of", nargs="+", help="parts of the names of the pictures' folders")
+    parser.add_argument("--out", type=Path, help="file (default edits.png in the folder)")
+    given = parser.parse_args()
+    try:
+        options = json.loads((given.folder / "metrics.json").read_text())["options"]
+        lines = (given.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        stream = read_stream(options["data"], options["edits"], options["seed"])
+    except (OSError, ValueError) as error:
+        sys.exit(f"figure.py: {error}")
+    if given.of and options["data"] is None:
+        sys.exit(f"figure.py: --of is for pictures in files; {given.folder} has drawn ones")
+    final = iter([json.loads(line) for line in lines][-sum(len(s.queries) for s in stream) :])
+    chosen, predictions = [], []
+    for sample in stream:
+        results = [next(final) for _ in sample.queries]
+        pictures = [query.image for query in sample.queries.values() if query.image]
+        if not given.of or all(has(picture.path, *given.of) for picture in pictures):
+            chosen.append(sample)
+            predictions += results
+    if not chosen:
+        sys.exit(f"figure.py: no edit has all its pictures in folders of {' or '.join(given.of)}")
+    draw_edits(chosen, predictions, given.out or given.folder / "edits.png", given.shown)
 
 
 if __name__ == "__main__":

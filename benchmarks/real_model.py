@@ -1,7 +1,7 @@
 """What only a real language model can show: plain calls of one whose edits are in force.
 
-    python run.py --model output/smol-llava   trains an editor and streams its edits
-    python benchmarks/real_model.py           less than ten minutes on 2 CPU cores
+    python run.py --model output/smol-llava --data output/emoji --out output/smol
+    python benchmarks/real_model.py --run output/smol    less than ten minutes on 2 CPU cores
 
 Asks general questions without a picture, questions about edited pictures that no training knows,
 edited questions in a chat of two turns, by sampling, and of a model with int8 weights; writes
@@ -18,9 +18,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.common import read_stream
+from benchmarks.emoji import QUESTIONS
 from benchmarks.smol_llava import GENERAL_QUESTIONS
 from data import normalise
-from drawn import OTHER_QUESTIONS, PHRASINGS, drawn_stream
+from drawn import OTHER_QUESTIONS, PHRASINGS
 from liveedit import LiveEdit
 from run import load_model, set_up_process
 
@@ -101,7 +103,8 @@ def measure(editor: LiveEdit, samples: list, stream_length: int) -> dict:
     general = [[turn("user", text)] for text in GENERAL_QUESTIONS]
     found["general_same"] = same(editor, general, None, 40)
 
-    trained = {phrase for phrases in PHRASINGS.values() for phrase in phrases}
+    asking = [*PHRASINGS.values(), *QUESTIONS.values()]
+    trained = {phrase for phrases in asking for phrase in phrases}
     assert trained.union(OTHER_QUESTIONS).isdisjoint(UNTRAINED_QUESTIONS)
     for question in UNTRAINED_QUESTIONS:
         chats = [[turn("user", question, True)] for _ in samples]
@@ -145,9 +148,7 @@ def main() -> None:
     set_up_process()
     torch.manual_seed(0)
     ran = json.loads((options.run / "metrics.json").read_text())["options"]
-    if ran["data"]:
-        sys.exit(f"real_model.py: {options.run} is no run on the drawn world")
-    stream = drawn_stream(ran["edits"], ran["seed"])
+    stream = read_stream(ran["data"], ran["edits"], ran["seed"])
     model, processor = load_model(ran["model"], "cpu", "auto")
     editor = LiveEdit.from_pretrained(model, processor, options.run / "editor")
     in_force = [(edit.prompt, edit.target) for edit in editor.edits()]

@@ -6,8 +6,9 @@ Each edit of the stream is asked again with its second picture. Up to the edit l
 how often that picture is nearest to the edit's own, by the mean of what a stage holds of pictures:
 what can be found there without any editor. Then how often the own edit is the most similar one by
 the filter's features, whether the filter keeps it (in the edit's words and in others), and whether
-it is used; and what another threshold would keep, of these and of pictures that no edit concerns.
-For models that have a `multi_modal_projector`. Writes where.json.
+it is used. Then what another threshold would keep, of these and of pictures that no edit concerns;
+and what a lookup at each stage would keep by one threshold for all, at which as many of those keep
+an edit as by the filter. For models that have a `multi_modal_projector`. Writes where.json.
 """
 
 import json
@@ -56,16 +57,29 @@ def stages(editor: LiveEdit, queries: list[Query]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def nearest(edited: Tensor, seen: Tensor) -> list[bool]:
-    """Tell of each seen row (n, D) whether its own edited row (n, D) is the nearest."""
+def cosines(edited: Tensor, seen: Tensor) -> Tensor:
+    """Compare seen rows (n, D) with edited ones (N, D), standardised as these: (n, N)."""
     edited, seen = (F.normalize((x - edited.mean(0)) / edited.std(0)) for x in (edited, seen))
-    return ((seen @ edited.T).argmax(1) == torch.arange(len(seen))).tolist()
+    return seen @ edited.T
+
+
+def own_is_nearest(similarity: Tensor) -> list[bool]:
+    """Tell of each row of similarity (n, n) whether the edit of the same row is the nearest."""
+    return (similarity.argmax(1) == torch.arange(len(similarity))).tolist()
+
+
+def shares(hits: list[bool], kinds: list[str]) -> dict[str, float]:
+    """Tell how many are hits, in per cent: of all, and of each kind."""
+    row = {"all": percent(hits)}
+    for kind in sorted(set(kinds)):
+        row[kind] = percent(hit for hit, its in zip(hits, kinds, strict=True) if its == kind)
+    return row
 
 
 @torch.no_grad()
-def margins(editor: LiveEdit, queries: list[Query]) -> Tensor:
-    """Tell how far above its threshold each query's similarity with each edit is, (n, N)."""
-    keys, above = editor.experts.rows("visual_keys"), []
+def filtered(editor: LiveEdit, queries: list[Query]) -> tuple[Tensor, Tensor]:
+    """Give similarities with each edit, (n, N), and how far they are above their thresholds."""
+    keys, similar, above = editor.experts.rows("visual_keys"), [], []
     for i in range(0, len(queries), BATCH):
         asked = [question(query) for query in queries[i : i + BATCH]]
         states = editor.capture(asked, above=False)
@@ -73,8 +87,9 @@ def margins(editor: LiveEdit, queries: list[Query]) -> Tensor:
         features = editor.router.features(Rows(hidden, masks.prompt), Rows(hidden, masks.image))
         similarity = editor.router.visual_similarity(features.visual, keys)
         threshold = editor.router.hard_filter(similarity, features)[0]
+        similar.append(similarity)
         above.append(similarity - threshold[:, None])
-    return torch.cat(above)
+    return torch.cat(similar), torch.cat(above)
 
 
 @torch.no_grad()
@@ -96,6 +111,46 @@ def kind_of(sample: EditSample) -> str:
         return "view"
     unseen = has(second, UNSEEN_ARTIST) or has(sample.edit.image.path, UNSEEN_ARTIST)
     return "unknown artist" if unseen else "other artist"
+
+
+def measure(editor: LiveEdit, stream: list[EditSample]) -> dict:
+    """Ask each edit's second picture, and one that no edit concerns, at every stage."""
+    edits = [sample.edit for sample in stream]
+    seconds = [sample.queries["modal_generality"] for sample in stream]
+    others = [sample.queries["modal_locality"] for sample in stream]
+    kinds = [kind_of(sample) for sample in stream]
+    edited, seen, other = (stages(editor, queries) for queries in (edits, seconds, others))
+    near = {name: cosines(edited[name], seen[name]) for name in edited}
+    other_near = {name: cosines(edited[name], other[name]) for name in edited}
+    found = {name: own_is_nearest(similarity) for name, similarity in near.items()}
+    editor.edit_many([question(query) for query in edits], BATCH)
+    similarity, above = filtered(editor, seconds)
+    other_similarity, other_above = filtered(editor, others)
+    found["most similar"] = own_is_nearest(above)
+    found["kept by the filter"] = (above.diagonal() > 0).tolist()
+    found["used"] = uses_own(editor, seconds)
+    # The same words as the edit's are a hint; without it:
+    phrases = [sample.queries["text_generality"].prompt for sample in stream]
+    pairs = zip(seconds, phrases, strict=True)
+    rephrased = filtered(editor, [replace(query, prompt=phrase) for query, phrase in pairs])[1]
+    found["most similar, in other words"] = own_is_nearest(rephrased)
+    found["kept, in other words"] = (rephrased.diagonal() > 0).tolist()
+    results = {"edits": len(stream), "of a kind": {}, "threshold": {}, "equal locality": {}}
+    for kind in sorted(set(kinds)):
+        results["of a kind"][kind] = kinds.count(kind)
+    results["stages"] = {name: shares(hits, kinds) for name, hits in found.items()}
+    for shift in SHIFTS:
+        kept = (above.diagonal() > shift).tolist(), (other_above.amax(1) > shift).tolist()
+        results["threshold"][f"{shift:+.2f}"] = dict(zip(KEPT, map(percent, kept), strict=True))
+    near["filter, one threshold"] = similarity
+    other_near["filter, one threshold"] = other_similarity
+    untouched = (other_above.amax(1) <= 0).float().mean()
+    for name, own in near.items():
+        threshold = other_near[name].amax(1).quantile(untouched).item()
+        row = shares((own.diagonal() > threshold).tolist(), kinds)
+        results["equal locality"][f"{name} ({threshold:.2f})"] = row
+    results["equal locality"]["filter, its sentinel"] = results["stages"]["kept by the filter"]
+    return results
 
 
 def main() -> None:
@@ -122,45 +177,18 @@ def main() -> None:
     if not hasattr(editor.model.model, "multi_modal_projector"):
         sys.exit(f"where.py: {given.model} has no multi_modal_projector to look behind")
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    edits = [sample.edit for sample in stream]
-    seconds = [sample.queries["modal_generality"] for sample in stream]
-    edited, seen = stages(editor, edits), stages(editor, seconds)
-    found = {name: nearest(edited[name], seen[name]) for name in edited}
-    editor.edit_many([question(query) for query in edits], BATCH)
-    above = margins(editor, seconds)
-    own = torch.arange(len(stream))
-    found["most similar"] = (above.argmax(1) == own).tolist()
-    found["kept by the filter"] = (above.diagonal() > 0).tolist()
-    found["used"] = uses_own(editor, seconds)
-    # The same words as the edit's are a hint; without it:
-    phrases = [sample.queries["text_generality"].prompt for sample in stream]
-    pairs = zip(seconds, phrases, strict=True)
-    rephrased = margins(editor, [replace(query, prompt=phrase) for query, phrase in pairs])
-    found["most similar, in other words"] = (rephrased.argmax(1) == own).tolist()
-    found["kept, in other words"] = (rephrased.diagonal() > 0).tolist()
-    others = margins(editor, [sample.queries["modal_locality"] for sample in stream])
-    kinds = [kind_of(sample) for sample in stream]
-    results = {"edits": len(stream), "of a kind": {}, "stages": {}, "threshold": {}}
-    for kind in sorted(set(kinds)):
-        results["of a kind"][kind] = kinds.count(kind)
-    for name, hits in found.items():
-        row = {"all": percent(hits)}
-        for kind in results["of a kind"]:
-            row[kind] = percent(h for h, k in zip(hits, kinds, strict=True) if k == kind)
-        results["stages"][name] = row
-    for shift in SHIFTS:
-        kept = (above.diagonal() > shift).tolist(), (others.amax(1) > shift).tolist()
-        results["threshold"][f"{shift:+.2f}"] = dict(zip(KEPT, map(percent, kept), strict=True))
+    results = measure(editor, stream)
     given.out.write_text(json.dumps(results, indent=1))
     print(markdown(results))
 
 
 def markdown(results: dict) -> str:
-    """Print a row for each stage and each threshold, a column for each kind of second picture."""
+    """Print a row for each stage and threshold, mostly a column for each kind of picture."""
     columns = {"all": f"all ({results['edits']})"}
     columns |= {kind: f"{kind} ({count})" for kind, count in results["of a kind"].items()}
     found = table("own edit found, %", columns, results["stages"])
-    return found + "\n\n" + table("threshold, %", KEPT, results["threshold"])
+    equal = table("kept, as local as the filter, %", columns, results["equal locality"])
+    return "\n\n".join([found, table("threshold, %", KEPT, results["threshold"]), equal])
 
 
 if __name__ == "__main__":
