@@ -233,9 +233,29 @@ def test_a_benchmark_is_written_of_a_folder_of_pictures(tmp_path):
     stream = read_stream(str(tmp_path / "emoji"), 5, 0)
     updates = updates_of(stream, 3, 0)
     assert len(stream) == 5 and all(u.edit.target != stream[u.sample].edit.target for u in updates)
+    check_that_the_same_picture_is_lost_nowhere(tmp_path)
     (tmp_path / "photos").mkdir()
     ended = python("benchmarks/emoji.py", str(tmp_path / "photos"), "--out", str(tmp_path / "b"))
     assert ended.returncode == 1 and "otherwise" in ended.stderr
+
+
+def check_that_the_same_picture_is_lost_nowhere(folder: Path) -> None:
+    """Ask where.py about edits whose second picture is the first."""
+    file = folder / "emoji" / "eval.json"
+    records = [r | {"image_rephrase": r["image"]} for r in json.loads(file.read_text())]
+    file.write_text(json.dumps(records))
+    options = ["--editor", str(TINY / "editor"), "--out", str(folder / "where.json")]
+    ended = python("benchmarks/where.py", "--data", str(folder / "emoji"), *options)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((folder / "where.json").read_text())
+    stages, thresholds = found["stages"], found["threshold"]
+    assert stages["eyes"]["all"] == stages["most similar"]["all"] == 100
+    assert stages["kept by the filter"]["all"] == thresholds["+0.00"]["own"] > 90
+    for column in ("own", "any"):
+        kept = [row[column] for row in thresholds.values()]  # the lowest threshold first
+        assert kept == sorted(kept, reverse=True)
+    for name, row in found["equal locality"].items():
+        assert row["all"] == 100 or name.startswith("filter, its")
 
 
 def test_packed_questions_about_pictures_are_answered_as_alone():
