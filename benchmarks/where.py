@@ -32,7 +32,7 @@ from run import load_model, positive, question
 
 BATCH = 32
 SHIFTS = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1)  # of each query's threshold
-KEPT = {"own": "own edit kept", "any": "other picture keeps an edit"}
+KEPT = {"own": "own edit kept, %", "any": "other picture keeps an edit, %"}
 
 
 @torch.no_grad()
@@ -188,7 +188,7 @@ def markdown(results: dict) -> str:
     columns |= {kind: f"{kind} ({count})" for kind, count in results["of a kind"].items()}
     found = table("own edit found, %", columns, results["stages"])
     equal = table("kept, as local as the filter, %", columns, results["equal locality"])
-    return "\n\n".join([found, table("threshold, %", KEPT, results["threshold"]), equal])
+    return "\n\n".join([found, table("threshold moved by", KEPT, results["threshold"]), equal])
 
 
 if __name__ == "__main__":
