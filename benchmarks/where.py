@@ -3,12 +3,13 @@
     python benchmarks/where.py --model output/smol-llava --data output/emoji --editor output/editor
 
 Each edit of the stream is asked again with its second picture. Up to the edit layer the table tells
-how often that picture is nearest to the edit's own, by the mean of what a stage holds of pictures:
-what can be found there without any editor. Then how often the own edit is the most similar one by
-the filter's features, whether the filter keeps it (in the edit's words and in others), and whether
-it is used. Then what another threshold would keep, of these and of pictures that no edit concerns;
-and what a lookup at each stage would keep by one threshold for all, at which as many of those keep
-an edit as by the filter. For models that have a `multi_modal_projector`. Writes where.json.
+how often that picture is nearest to the edit's own, by the mean of what a stage holds of pictures,
+and by the last state of the prompt: what can be found without any editor. Then how often the own
+edit is the most similar one by the filter's features, whether the filter keeps it (in the edit's
+words and in others), and whether it is used. Then what another threshold would keep, of these and
+of pictures that no edit concerns; and what a lookup at each stage would keep by one threshold for
+all, at which as many of those keep an edit as by the filter. For models that have a
+`multi_modal_projector`. Writes where.json.
 """
 
 import json
@@ -37,7 +38,10 @@ KEPT = {"own": "own edit kept, %", "any": "other picture keeps an edit, %"}
 
 @torch.no_grad()
 def stages(editor: LiveEdit, queries: list[Query]) -> dict[str, Tensor]:
-    """Average what eyes, projector and some layers up to the edit layer hold of each picture."""
+    """Average what eyes, projector and some layers up to the edit layer hold of each picture.
+
+    And give the last state of each prompt, which says the answer: peers.py's lookup may take it.
+    """
     model, noted, parts = editor.model, [], []
     last = editor.config.layer
     layers = sorted({0, last // 4, last // 2, 3 * last // 4, last})
@@ -52,6 +56,7 @@ def stages(editor: LiveEdit, queries: list[Query]) -> dict[str, Tensor]:
         held = {"eyes": eyes.float().mean(1), "projector": projected.float().mean(1)}
         for layer in layers:
             held[f"behind layer {layer}"] = pooled(states[layer + 1].float(), image)
+        held["last state of the prompt"] = states[-1][:, -1].float()
         parts.append(held)
     hook.remove()
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
