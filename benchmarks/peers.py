@@ -102,31 +102,43 @@ class Lookup(Unedited):
     name, needs, grid = "lookup", "a threshold", NEARNESS
 
     def __init__(self, editor, known, threshold: float, by: str):
-        """Take the least similarity and what a question is known by: see `features`."""
+        """Take the least similarity and what a question is known by: see `look`."""
         super().__init__(editor, known)
-        self.threshold, self.by, self.edits, self.keys = threshold, by, [], None
-        self.known_answers: dict[Query, Answer] = {}  # of the model as it is: see `tuned`
-        self.center = torch.zeros(1)
-        self.center = self.features([sample.edit for sample in known]).mean(0)
+        self.known, self.threshold, self.by = [sample.edit for sample in known], threshold, by
+        self.edits, self.keys = [], None
+        # What is asked and looked at once for all settings that are tried: see `tuned`.
+        self.known_answers: dict[Query, Answer] = {}
+        self.known_features: dict[Query, Tensor] = {}
 
     @torch.no_grad()
-    def features(self, queries: list[Query]) -> Tensor:
-        """Give features (n, 2, D) of picture and question.
+    def look(self, queries: list[Query]) -> dict[Query, Tensor]:
+        """Give features (3, D) of each query: of its picture, and twice of its question.
 
         The picture's are its hidden states at the edit layer, pooled; the question's those of the
-        text, pooled ("pooled"), or the model's last state, which says the answer ("last").
+        text, pooled ("pooled"), and the model's last state, which says the answer ("last").
         """
-        parts = []
+        found: dict[Query, Tensor] = {}
         for i in range(0, len(queries), BATCH):
-            asked = [question(query) for query in queries[i : i + BATCH]]
+            batch = queries[i : i + BATCH]
+            asked = [question(query) for query in batch]
             inputs = self.editor.encode([q.image for q in asked], [q.prompt for q in asked])
             states = self.editor.model(**inputs, output_hidden_states=True).hidden_states
             hidden = states[self.editor.config.layer + 1].float()
             image = inputs["input_ids"] == self.editor.model.config.image_token_id
             text = inputs["attention_mask"].bool() & ~image
-            asked_for = states[-1][:, -1].float() if self.by == "last" else pooled(hidden, text)
-            parts.append(torch.stack([pooled(hidden, image), asked_for], dim=1))
-        return torch.cat(parts) - self.center
+            last = states[-1][:, -1].float()
+            looks = torch.stack([pooled(hidden, image), pooled(hidden, text), last], dim=1)
+            found |= zip(batch, looks, strict=True)
+        return found
+
+    def features(self, queries: list[Query]) -> Tensor:
+        """Give features (n, 2, D) of picture and question, less their mean over known queries."""
+        self.known_features = self.known_features or self.look(self.known)
+        new = [query for query in queries if query not in self.known_features]
+        looks = self.known_features | self.look(new)
+        parts = [0, 1 if self.by == "pooled" else 2]
+        center = torch.stack([looks[query][parts] for query in self.known]).mean(0)
+        return torch.stack([looks[query][parts] for query in queries]) - center
 
     def nearest(self, queries: list[Query]) -> list[Query | None]:
         """Give the nearest stored edit of each query, None where none is near."""
@@ -490,12 +502,14 @@ def tuned(kind, editor: LiveEdit, known: list, samples: list, before: dict) -> t
         grid.append(settings | layer)
     if len(grid) == 1 or not samples:
         return grid[0], []
-    tried = []
+    asked = [query for sample in samples for query in sample.queries.values()]
+    pictured, looks, tried = [query for query in asked if query.image], {}, []
     for settings in grid:
         torch.manual_seed(0)
         method = kind(editor, known, **settings)
         if isinstance(method, Lookup):
-            method.known_answers = before
+            looks = looks or method.look(method.known + pictured)
+            method.known_answers, method.known_features = before, looks
         row = stream_rows(method, samples, [len(samples)], before)[0]
         method.close()
         tried.append({"settings": settings, "quality": round(quality(row), 2)})
