@@ -33,6 +33,7 @@ from run import load_model, positive, question
 
 BATCH = 32
 SHIFTS = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1)  # of each query's threshold
+OTHERS = ("modal_locality", "similar_image")  # the latter in the words of the edit
 KEPT = {"own": "own edit kept, %", "any": "other picture keeps an edit, %"}
 
 
@@ -119,10 +120,11 @@ def kind_of(sample: EditSample) -> str:
 
 
 def measure(editor: LiveEdit, stream: list[EditSample]) -> dict:
-    """Ask each edit's second picture, and one that no edit concerns, at every stage."""
+    """Ask about each edit's second picture, and one that no edit concerns, at every stage."""
     edits = [sample.edit for sample in stream]
     seconds = [sample.queries["modal_generality"] for sample in stream]
-    others = [sample.queries["modal_locality"] for sample in stream]
+    asked = [query for sample in stream for query in sample.queries.items()]
+    others = [query for name, query in asked if name in OTHERS]
     kinds = [kind_of(sample) for sample in stream]
     edited, seen, other = (stages(editor, queries) for queries in (edits, seconds, others))
     near = {name: cosines(edited[name], seen[name]) for name in edited}
