@@ -15,8 +15,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import read_stream
-from benchmarks.emoji import has
 from data import EditSample
 from training_pictures import on_white
 
@@ -73,31 +71,43 @@ def _write(pen: ImageDraw.ImageDraw, font, at: tuple[int, int], result: dict) ->
 
 
 def main() -> None:
+    # Here, as `run.py` draws with this file and must not be loaded by it once more.
+    from benchmarks.common import read_stream
+    from benchmarks.emoji import has
+    from run import positive
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="--out of the main job")
-    parser.add_argument("--shown", type=int, default=6, help="edits (default 6)")
+    parser.add_argument("--shown", type=positive, default=6, help="edits (default 6)")
     parser.add_argument("--of", nargs="+", help="parts of the names of the pictures' folders")
     parser.add_argument("--out", type=Path, help="file (default edits.png in the folder)")
     given = parser.parse_args()
     try:
         options = json.loads((given.folder / "metrics.json").read_text())["options"]
         lines = (given.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        predictions = [json.loads(line) for line in lines]
         stream = read_stream(options["data"], options["edits"], options["seed"])
     except (OSError, ValueError) as error:
         sys.exit(f"figure.py: {error}")
     if given.of and options["data"] is None:
         sys.exit(f"figure.py: --of is for pictures in files; {given.folder} has drawn ones")
-    final = iter([json.loads(line) for line in lines][-sum(len(s.queries) for s in stream) :])
-    chosen, predictions = [], []
+    asked = sum(len(sample.queries) for sample in stream)
+    if len(predictions) < asked:
+        sys.exit(
+            f"figure.py: {given.folder} has {len(predictions)} predictions, {asked} are needed"
+        )
+    final, chosen, results = iter(predictions[-asked:]), [], []
     for sample in stream:
-        results = [next(final) for _ in sample.queries]
+        own = [next(final) for _ in sample.queries]
         pictures = [query.image for query in sample.queries.values() if query.image]
         if not given.of or all(has(picture.path, *given.of) for picture in pictures):
             chosen.append(sample)
-            predictions += results
+            results += own
     if not chosen:
         sys.exit(f"figure.py: no edit has all its pictures in folders of {' or '.join(given.of)}")
-    draw_edits(chosen, predictions, given.out or given.folder / "edits.png", given.shown)
+    file = given.out or given.folder / "edits.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draw_edits(chosen, results, file, given.shown)
 
 
 if __name__ == "__main__":

@@ -290,3 +290,17 @@ def test_pictures_are_drawn_with_answers_of_several_lines(tmp_path):
     results = [said | {"free_running": 0.0}] * len(stream[0].queries)
     figure.draw_edits(stream, results, tmp_path / "edits.png")
     assert (tmp_path / "edits.png").is_file()
+
+
+def test_a_figure_is_drawn_of_whole_runs_and_pictures_of_choice(tmp_path):
+    options = {"data": None, "edits": 2, "seed": 0}
+    (tmp_path / "metrics.json").write_text(json.dumps({"options": options}))
+    said = {"prompt": "What?", "before": "a", "after": "b", "expected": "b", "free_running": 1.0}
+    asked = sum(len(sample.queries) for sample in drawn.drawn_stream(2, 0))
+    drawing = ["benchmarks/figure.py", str(tmp_path), "--out", str(tmp_path / "new" / "it.png")]
+    for count, more, refused in ((1, [], "are needed"), (asked, ["--of", "x"], "drawn ones")):
+        (tmp_path / "predictions.jsonl").write_text((json.dumps(said) + "\n") * count)
+        ended = python(*drawing, *more)
+        assert ended.returncode == 1 and refused in ended.stderr.splitlines()[-1]
+    ended = python(*drawing, "--shown", "2")
+    assert ended.returncode == 0 and (tmp_path / "new" / "it.png").is_file(), ended.stderr

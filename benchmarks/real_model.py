@@ -147,8 +147,11 @@ def main() -> None:
     options = parser.parse_args()
     set_up_process()
     torch.manual_seed(0)
-    ran = json.loads((options.run / "metrics.json").read_text())["options"]
-    stream = read_stream(ran["data"], ran["edits"], ran["seed"])
+    try:
+        ran = json.loads((options.run / "metrics.json").read_text())["options"]
+        stream = read_stream(ran["data"], ran["edits"], ran["seed"])
+    except (OSError, ValueError) as error:
+        sys.exit(f"real_model.py: {error}")
     model, processor = load_model(ran["model"], "cpu", "auto")
     editor = LiveEdit.from_pretrained(model, processor, options.run / "editor")
     in_force = [(edit.prompt, edit.target) for edit in editor.edits()]

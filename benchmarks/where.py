@@ -162,7 +162,9 @@ def measure(editor: LiveEdit, stream: list[EditSample]) -> dict:
 
 def main() -> None:
     parser = options_of(__doc__, "where.json")
-    parser.add_argument("--data", help="a folder as benchmarks/emoji.py writes it")
+    parser.add_argument(
+        "--data", help="a folder, or a file of edits, as benchmarks/emoji.py writes it"
+    )
     parser.add_argument("--edits", type=positive, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the stream")
     given = parser.parse_args()
