@@ -107,7 +107,7 @@ class Lookup(Unedited):
         self.known, self.threshold, self.by = [sample.edit for sample in known], threshold, by
         self.edits, self.keys = [], None
         # What is asked and looked at once for all settings that are tried: see `tuned`.
-        self.known_answers: dict[Query, Answer] = {}
+        self.known_answers: dict[Query, Answer] | None = None
         self.known_features: dict[Query, Tensor] = {}
 
     @torch.no_grad()
@@ -160,10 +160,12 @@ class Lookup(Unedited):
         self.edits = self.edits + edits
 
     def model_answers(self, queries: list[Query]) -> list[Answer]:
-        """Answer as the model does; it is asked only what it has not said already."""
+        """Answer as the model does; while settings are tried it is asked each query once."""
+        if self.known_answers is None:
+            return super().answer(queries)
         new = [query for query in queries if query not in self.known_answers]
-        said = self.known_answers | dict(zip(new, super().answer(new), strict=True))
-        return [copy.copy(said[query]) for query in queries]
+        self.known_answers |= zip(new, super().answer(new), strict=True)
+        return [copy.copy(self.known_answers[query]) for query in queries]
 
     def answer(self, queries):
         answers = self.model_answers(queries)
@@ -218,7 +220,12 @@ class FineTuned(Unedited):
         super().__init__(editor, known)
         edited = find_decoder_layers(editor.model)[0][layer]
         self.weights, self.rate, self.steps = [edited.mlp.down_proj.weight], rate, steps
+        self.keep()
+
+    def keep(self) -> None:
+        """Keep the weights as they are, and a copy of them in single precision."""
         self.original = [weight.detach().clone() for weight in self.weights]
+        self.exact = [weight.float().clone() for weight in self.original]
 
     def encoded(self, batch: list[Query]) -> dict:
         """Make model inputs with labels."""
@@ -226,18 +233,29 @@ class FineTuned(Unedited):
         return self.editor.encode(images, prompts, targets)
 
     def learn(self, inputs: dict, optimizer: torch.optim.Optimizer) -> None:
-        """Take one step."""
-        loss = self.editor.model(**inputs).loss
-        optimizer.zero_grad()
-        loss.backward()
+        """Take one step on the exact weights, and round them into the model."""
+        self.editor.model.zero_grad()
+        self.editor.model(**inputs).loss.backward()
+        for weight, exact in zip(self.weights, self.exact, strict=True):
+            exact.grad = weight.grad.float()
         optimizer.step()
+        self.put(self.exact)
+
+    @torch.no_grad()
+    def put(self, values: list[Tensor]) -> None:
+        """Put values into the weights."""
+        for weight, value in zip(self.weights, values, strict=True):
+            weight.copy_(value)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Let the weights, and nothing else of the model, learn."""
+        """Let the weights, and nothing else of the model, learn; in single precision.
+
+        In half precision small steps would be lost.
+        """
         self.editor.model.requires_grad_(False)
         for weight in self.weights:
             weight.requires_grad_(True)
-        return torch.optim.Adam(self.weights, lr=self.rate)
+        return torch.optim.Adam(self.exact, lr=self.rate)
 
     def edit(self, edits):
         for query in edits:
@@ -245,10 +263,9 @@ class FineTuned(Unedited):
             for _ in range(self.steps):
                 self.learn(inputs, optimizer)
 
-    @torch.no_grad()
     def reset(self):
-        for weight, original in zip(self.weights, self.original, strict=True):
-            weight.copy_(original)
+        self.put(self.original)
+        self.exact = [weight.float().clone() for weight in self.original]
 
     def close(self):
         self.reset()
@@ -307,7 +324,7 @@ class Adapter(FineTunedOnAll):
         )
         named = self.adapted.named_parameters()
         self.weights = [weight for name, weight in named if "lora_" in name]
-        self.original = [weight.detach().clone() for weight in self.weights]
+        self.keep()
 
     def close(self):
         self.adapted.unload()
@@ -330,6 +347,7 @@ class Codebook(Unedited):
     def __init__(self, editor, known, radius: float, steps: int, layer: int):
         super().__init__(editor, known)
         self.radius, self.steps, self.keys, self.values = radius, steps, None, None
+        self.known_values: dict | None = None  # learned once for all radii: see `tuned`
         editor.detach()  # one at a time: this one gives the states of its layer
         self.own = LiveEdit(editor.model, editor.processor, LiveEditConfig(layer=layer))
         self.hooks = [
@@ -349,33 +367,38 @@ class Codebook(Unedited):
         if self.keys is None or hidden.shape[1] == 1:
             return output
         hidden = hidden.clone()
-        distance, nearest = torch.cdist(hidden[:, self.place], self.keys).min(1)
+        distance, nearest = torch.cdist(hidden[:, self.place].float(), self.keys).min(1)
         near = distance < self.radius * self.keys.norm(dim=1)[nearest]
-        hidden[near, self.place] = self.values[nearest[near]]
+        hidden[near, self.place] = self.values[nearest[near]].to(hidden.dtype)
         return with_hidden(output, hidden)
 
     def edit(self, edits):
         kept = (self.keys, self.values)
         self.keys = None  # states of the unedited model
-        learned = [self.learned(edits[i : i + 32]) for i in range(0, len(edits), 32)]
+        known = {} if self.known_values is None else self.known_values
+        layer = self.own.config.layer
+        new = [query for query in edits if (layer, query) not in known]
+        for i in range(0, len(new), 32):
+            some = new[i : i + 32]
+            for query, key, value in zip(some, *self.learned(some), strict=True):
+                known[layer, query] = key[None], value[None]
         self.keys, self.values = kept
-        for keys, values in learned:
-            for key, value in zip(keys, values, strict=True):
-                self.store(key[None], value[None])
+        for query in edits:
+            self.store(*known[layer, query])
 
     def learned(self, edits: list[Query]) -> tuple[Tensor, Tensor]:
         """Give keys and values (n, D): the prompts' last states, and what says the targets."""
         states = self.own.capture([question(query) for query in edits])
         last = states.masks.answer.int().argmax(1) - 1
-        keys = states.hidden[torch.arange(len(edits)), last].clone()
+        keys = states.hidden[torch.arange(len(edits)), last].float()
         values = keys.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([values], lr=0.1 * keys.std().item())
         targets = states.labels[states.masks.answer]
         place = F.one_hot(last, states.hidden.shape[1])[..., None]
         for _ in range(self.steps):
             hidden = states.hidden * (1 - place) + values[:, None] * place
-            logits = self.own.frozen.upper(hidden, states)
-            loss = F.cross_entropy(logits, targets, reduction="sum")
+            logits = self.own.frozen.upper(hidden.to(states.hidden.dtype), states)
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -503,13 +526,15 @@ def tuned(kind, editor: LiveEdit, known: list, samples: list, before: dict) -> t
     if len(grid) == 1 or not samples:
         return grid[0], []
     asked = [query for sample in samples for query in sample.queries.values()]
-    pictured, looks, tried = [query for query in asked if query.image], {}, []
+    pictured, looks, values, tried = [query for query in asked if query.image], {}, {}, []
     for settings in grid:
         torch.manual_seed(0)
         method = kind(editor, known, **settings)
         if isinstance(method, Lookup):
             looks = looks or method.look(method.known + pictured)
             method.known_answers, method.known_features = before, looks
+        if isinstance(method, Codebook):
+            method.known_values = values
         row = stream_rows(method, samples, [len(samples)], before)[0]
         method.close()
         tried.append({"settings": settings, "quality": round(quality(row), 2)})
@@ -606,39 +631,36 @@ def main() -> None:
     if Adapter in chosen and importlib.util.find_spec("peft") is None:
         sys.exit("peers.py: LoRA-FT needs `pip install peft`; or choose other --methods")
     set_up_process()
-    # Weights in single precision: with less, small steps of the fine-tuned ones are lost.
-    model, processor = load_model(given.model, "cpu", "float32")
+    model, processor = load_model(given.model, "cpu", "bfloat16" if given.half else "float32")
     editor = trained_editor(model, processor, given.editor)
     try:
         known, tuning = training_of(given.data, given.tuning_edits)
     except (OSError, ValueError) as error:
         sys.exit(f"peers.py: {error}")
-    settings = {name: getattr(given, name) for name in ("model", "data", "edits", "tuning_edits")}
+    settings = {name: getattr(given, name) for name in ("model", "data", "edits")}
     settings |= {"counts": counts, "half": given.half}
     results = {"methods": {}} | open_results(given.out, settings)
     streams = {seed: read_stream(given.data, given.edits, seed) for seed in given.seeds}
-    # Without the cache, which would keep halves of weights that are tuned since.
-    with torch.autocast("cpu", torch.bfloat16, enabled=given.half, cache_enabled=False):
-        unedited = Unedited(editor, known)
-        tuning_before = told(unedited, tuning) if tuning else {}
-        before = {seed: told(unedited, stream) for seed, stream in streams.items()}
-        for kind in chosen:
-            found = results["methods"].get(kind.name)
-            if found is None:
-                began = time.time()
-                settings, tried = tuned(kind, editor, known, tuning, tuning_before)
-                found = {"settings": settings, "seconds_of_tuning": time.time() - began}
-                found |= {"tried": tried, "seeds": {}}
-            for seed, stream in streams.items():
-                if str(seed) in found["seeds"]:
-                    continue  # of an earlier run
-                torch.manual_seed(seed)
-                method = kind(editor, known, **found["settings"])
-                found["seeds"][str(seed)] = stream_rows(method, stream, counts, before[seed])
-                method.close()
-                results["methods"][kind.name] = found
-                given.out.write_text(json.dumps(results, indent=1))
-            print(kind.name, found["settings"])
+    unedited = Unedited(editor, known)
+    tuning_before = told(unedited, tuning) if tuning else {}
+    before = {seed: told(unedited, stream) for seed, stream in streams.items()}
+    for kind in chosen:
+        found = results["methods"].get(kind.name)
+        if found is None:
+            began = time.time()
+            settings, tried = tuned(kind, editor, known, tuning, tuning_before)
+            found = {"settings": settings, "seconds_of_tuning": time.time() - began}
+            found |= {"tuning_edits": given.tuning_edits, "tried": tried, "seeds": {}}
+        for seed, stream in streams.items():
+            if str(seed) in found["seeds"]:
+                continue  # of an earlier run
+            torch.manual_seed(seed)
+            method = kind(editor, known, **found["settings"])
+            found["seeds"][str(seed)] = stream_rows(method, stream, counts, before[seed])
+            method.close()
+            results["methods"][kind.name] = found
+            given.out.write_text(json.dumps(results, indent=1))
+        print(kind.name, found["settings"])
     print(report(results))
 
 
