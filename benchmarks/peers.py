@@ -42,8 +42,6 @@ from run import answer, judge, load_model, question, report_row, set_up_process
 BATCH = 128
 EDITED = ("reliability", "text_generality", "modal_generality")
 UNTOUCHED = ("text_locality", "modal_locality", "same_image", "similar_image")
-# Way back through attention: the fused kernel for CPUs takes ten times as long in half precision.
-plain_attention = sdpa_kernel(SDPBackend.MATH)
 
 
 # ---------------------------------------------------------------------------------------- methods
@@ -235,7 +233,7 @@ class FineTuned(Unedited):
         images, prompts, targets = map(list, zip(*map(question, batch), strict=True))
         return self.editor.encode(images, prompts, targets)
 
-    @plain_attention
+    @sdpa_kernel(SDPBackend.MATH)  # as in `FrozenModel.upper`
     def learn(self, inputs: dict, optimizer: torch.optim.Optimizer) -> None:
         """Take one step on the exact weights, and round them into the model."""
         self.editor.model.zero_grad()
@@ -390,7 +388,6 @@ class Codebook(Unedited):
         for query in edits:
             self.store(*known[layer, query])
 
-    @plain_attention
     def learned(self, edits: list[Query]) -> tuple[Tensor, Tensor]:
         """Give keys and values (n, D): the prompts' last states, and what says the targets."""
         states = self.own.capture([question(query) for query in edits])
