@@ -10,8 +10,8 @@ A method is a subclass of `Unedited` with its own `name`, `needs` and `grid`; ad
 Settings are chosen from its `grid` on --tuning-edits edits of training scenes, as crowded as the
 stream itself, or of the training records of --data, and are kept in the results with all that were
 tried (another number of edits may favor others; 0 takes the first of the grid). Results in --out
-are continued: methods and seeds that it has are not run again. LiveEdit is one editor that was
-trained before.
+are continued: methods, seeds and numbers of edits that it has are not run again. LiveEdit is one
+editor that was trained before.
 """
 
 import copy
@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -198,13 +199,16 @@ class InContext(Lookup):
         self.form = form
 
     def answer(self, queries):
-        asked = []
-        for query, near in zip(queries, self.nearest(queries), strict=True):
+        # First as they are, in the same batches as ever, on which half precision depends.
+        answers, told = self.model_answers(queries), {}
+        for i, near in enumerate(self.nearest(queries)):
             if near:
-                parts = {"question": near.prompt, "answer": near.target, "asked": query.prompt}
-                query = replace(query, prompt=self.form.format(**parts))
-            asked.append(query)
-        return self.model_answers(asked)
+                asked = queries[i].prompt
+                parts = {"question": near.prompt, "answer": near.target, "asked": asked}
+                told[i] = replace(queries[i], prompt=self.form.format(**parts))
+        for i, said in zip(told, self.model_answers(list(told.values())), strict=True):
+            answers[i] = said
+        return answers
 
 
 class FineTuned(Unedited):
@@ -439,21 +443,36 @@ METHODS = [Unedited, OurEdits, Lookup, InContext, FineTuned, FineTunedOnAll, Ada
 # -------------------------------------------------------------------------------------- measuring
 
 
+def parts_of(stream: list, count: int) -> list[list]:
+    """Cut a stream into shorter ones of `count` edits, until about 100 edits are tested."""
+    tested = stream[: max(count, min(100, len(stream)) // count * count)]
+    return [tested[start : start + count] for start in range(0, len(tested), count)]
+
+
+def before_of(unedited: Unedited, stream: list, counts: list[int]) -> dict[int, list[dict]]:
+    """Answer the questions of each part of a stream without edits, for each number of edits.
+
+    In the batches in which they are asked later, on which an answer in half precision depends.
+    """
+    parts = {count: parts_of(stream, count) for count in counts}
+    return {count: [told(unedited, part) for part in parts[count]] for count in counts}
+
+
 def stream_rows(
-    method: Unedited, stream: list, counts: list[int], before: dict[Query, Answer]
+    method: Unedited, stream: list, before: dict[int, list[dict[Query, Answer]]]
 ) -> list[dict]:
     """Run the main job's protocol: after 1, 10, ... edits all of them are asked about.
 
-    before: what the model answered without edits. Seconds are of the processor: those of all
-    threads together. A question is drawn, and answered teacher-forced and freely; LiveEdit tells
-    its edits too (`explain`), which needs a third pass.
+    before: for each number of edits what the model answered without them, a dict for each part of
+    the stream. Seconds are of the processor: those of all threads together. A question is drawn,
+    and answered teacher-forced and freely; LiveEdit tells its edits too (`explain`), which needs a
+    third pass.
     """
     rows = []
-    for count in counts:
-        tested = stream[: max(count, min(100, len(stream) // count * count))]
-        results, editing, answering, number = [], 0.0, 0.0, 0
-        for start in tqdm(range(0, len(tested), count), desc=f"{method.name}, {count} edits"):
-            part = tested[start : start + count]
+    for count, unedited in before.items():
+        parts, results, editing, answering = parts_of(stream, count), [], 0.0, 0.0
+        pairs = zip(parts, unedited, strict=True)
+        for part, said in tqdm(pairs, f"{method.name}, {count} edits", len(parts)):
             method.reset()
             began = time.process_time()
             method.edit([sample.edit for sample in part])
@@ -461,11 +480,11 @@ def stream_rows(
             after = told(method, part)
             editing += edited - began
             answering += time.process_time() - edited
-            number += len(after)
             for sample in part:
-                results += judge(sample, None, count, before, after)
-        row = report_row(count, results) | {"seconds_per_edit": editing / len(tested)}
-        row["seconds_per_question"] = answering / number
+                results += judge(sample, None, count, said, after)
+        row = report_row(count, results)
+        row["seconds_per_edit"] = editing / sum(map(len, parts))
+        row["seconds_per_question"] = answering / sum(map(len, unedited))
         rows.append(row | {"bytes_per_edit": method.bytes() / count})
     method.reset()
     return rows
@@ -537,7 +556,7 @@ def tuned(kind, editor: LiveEdit, known: list, samples: list, before: dict) -> t
             method.known_answers, method.known_features = before, looks
         if isinstance(method, Codebook):
             method.known_values = values
-        row = stream_rows(method, samples, [len(samples)], before)[0]
+        row = stream_rows(method, samples, {len(samples): [before]})[0]
         method.close()
         tried.append({"settings": settings, "quality": round(quality(row), 2)})
         print(kind.name, tried[-1], flush=True)
@@ -639,13 +658,12 @@ def main() -> None:
         known, tuning = training_of(given.data, given.tuning_edits)
     except (OSError, ValueError) as error:
         sys.exit(f"peers.py: {error}")
-    settings = {name: getattr(given, name) for name in ("model", "data", "edits")}
-    settings |= {"counts": counts, "half": given.half}
+    settings = {name: getattr(given, name) for name in ("model", "data", "edits", "half")}
     results = {"methods": {}} | open_results(given.out, settings)
     streams = {seed: read_stream(given.data, given.edits, seed) for seed in given.seeds}
     unedited = Unedited(editor, known)
     tuning_before = told(unedited, tuning) if tuning else {}
-    before = {seed: told(unedited, stream) for seed, stream in streams.items()}
+    before = {seed: before_of(unedited, stream, counts) for seed, stream in streams.items()}
     for kind in chosen:
         found = results["methods"].get(kind.name)
         if found is None:
@@ -654,11 +672,13 @@ def main() -> None:
             found = {"settings": settings, "seconds_of_tuning": time.time() - began}
             found |= {"tuning_edits": given.tuning_edits, "tried": tried, "seeds": {}}
         for seed, stream in streams.items():
-            if str(seed) in found["seeds"]:
-                continue  # of an earlier run
+            rows = found["seeds"].setdefault(str(seed), [])
+            there = {row["edits"] for row in rows}  # of an earlier run
+            missing = {n: said for n, said in before[seed].items() if n not in there}
             torch.manual_seed(seed)
             method = kind(editor, known, **found["settings"])
-            found["seeds"][str(seed)] = stream_rows(method, stream, counts, before[seed])
+            rows += stream_rows(method, stream, missing)
+            rows.sort(key=itemgetter("edits"))
             method.close()
             results["methods"][kind.name] = found
             given.out.write_text(json.dumps(results, indent=1))
