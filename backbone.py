@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 IGNORE = -100  # the label of tokens that are no answer, by Hugging Face's convention
 CACHES = ("cache", "past_key_values", "layer_past")  # names of the KV cache, the newest first
@@ -294,11 +293,8 @@ class FrozenModel:
         """Run the layers above, norm and head: logits (tokens, vocabulary) at the answer tokens."""
         if len(states.calls) != len(self.layers_above):
             raise ValueError("states captured with above=False do not serve for training")
-        # In half precision a CPU's fused attention takes ten times as long on the way back.
-        slow = hidden.requires_grad and hidden.is_cpu and hidden.dtype != torch.float32
-        with sdpa_kernel(SDPBackend.MATH) if slow else contextlib.nullcontext():
-            for layer, (args, kwargs) in zip(self.layers_above, states.calls, strict=True):
-                hidden = hidden_of(layer(hidden, *args, **kwargs))
+        for layer, (args, kwargs) in zip(self.layers_above, states.calls, strict=True):
+            hidden = hidden_of(layer(hidden, *args, **kwargs))
         # The row before a token predicts it.
         predicting = hidden[:, :-1][states.masks.answer[:, 1:].to(hidden.device)]
         logits = self.model.get_output_embeddings()(self.norm(predicting))

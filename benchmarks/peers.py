@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,7 +236,6 @@ class FineTuned(Unedited):
         images, prompts, targets = map(list, zip(*map(question, batch), strict=True))
         return self.editor.encode(images, prompts, targets)
 
-    @sdpa_kernel(SDPBackend.MATH)  # as in `FrozenModel.upper`
     def learn(self, inputs: dict, optimizer: torch.optim.Optimizer) -> None:
         """Take one step on the exact weights, and round them into the model."""
         self.editor.model.zero_grad()
