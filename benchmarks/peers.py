@@ -402,7 +402,7 @@ class Codebook(Unedited):
         for _ in range(self.steps):
             hidden = states.hidden * (1 - place) + values[:, None] * place
             logits = self.own.frozen.upper(hidden.to(states.hidden.dtype), states)
-            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+            loss = F.cross_entropy(logits, targets, reduction="sum")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -468,7 +468,7 @@ def stream_rows(
     """
     rows = []
     for count, unedited in before.items():
-        parts, results, editing, answering = parts_of(stream, count), [], 0.0, 0.0
+        parts, results, editing, answering, number = parts_of(stream, count), [], 0.0, 0.0, 0
         pairs = zip(parts, unedited, strict=True)
         for part, said in tqdm(pairs, f"{method.name}, {count} edits", len(parts)):
             method.reset()
@@ -478,11 +478,12 @@ def stream_rows(
             after = told(method, part)
             editing += edited - began
             answering += time.process_time() - edited
+            number += len(after)
             for sample in part:
                 results += judge(sample, None, count, said, after)
         row = report_row(count, results)
         row["seconds_per_edit"] = editing / sum(map(len, parts))
-        row["seconds_per_question"] = answering / sum(map(len, unedited))
+        row["seconds_per_question"] = answering / number
         rows.append(row | {"bytes_per_edit": method.bytes() / count})
     method.reset()
     return rows
