@@ -3,6 +3,8 @@
     npm pack emoji-datasource-{google,twitter,apple,facebook}@16.0.0
     python benchmarks/pictures.py FOLDER --unpack emoji-datasource-*.tgz
     apt-get download tuxpaint-stamps-default openclipart-png     then dpkg -x each to FOLDER
+    rm -r FOLDER/usr/share/tuxpaint/stamps/symbols               no photographs, nor are cartoons:
+    find FOLDER/usr/share/tuxpaint -name cartoon -prune -exec rm -r {} +
     python benchmarks/emoji.py FOLDER                            writes output/emoji
     python run.py --model output/smol-llava --data output/emoji
     python run.py --model output/smol-llava --data output/emoji/photos.eval.json --editor EDITOR

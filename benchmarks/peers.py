@@ -456,37 +456,33 @@ def before_of(unedited: Unedited, stream: list, counts: list[int]) -> dict[int, 
     return {count: [told(unedited, part) for part in parts[count]] for count in counts}
 
 
-def stream_rows(
-    method: Unedited, stream: list, before: dict[int, list[dict[Query, Answer]]]
-) -> list[dict]:
-    """Run the main job's protocol: after 1, 10, ... edits all of them are asked about.
+def stream_row(method: Unedited, stream: list, count: int, before: list[dict]) -> dict:
+    """Run the main job's protocol: after `count` edits all of them are asked about.
 
-    before: for each number of edits what the model answered without them, a dict for each part of
-    the stream. Seconds are of the processor: those of all threads together. A question is drawn,
-    and answered teacher-forced and freely; LiveEdit tells its edits too (`explain`), which needs a
+    before: what the model answered without edits, a dict of answers by query for each part of the
+    stream. Seconds are of the processor: those of all threads together. A question is drawn, and
+    answered teacher-forced and freely; LiveEdit tells its edits too (`explain`), which needs a
     third pass.
     """
-    rows = []
-    for count, unedited in before.items():
-        parts, results, editing, answering, number = parts_of(stream, count), [], 0.0, 0.0, 0
-        pairs = zip(parts, unedited, strict=True)
-        for part, said in tqdm(pairs, f"{method.name}, {count} edits", len(parts)):
-            method.reset()
-            began = time.process_time()
-            method.edit([sample.edit for sample in part])
-            edited = time.process_time()
-            after = told(method, part)
-            editing += edited - began
-            answering += time.process_time() - edited
-            number += len(after)
-            for sample in part:
-                results += judge(sample, None, count, said, after)
-        row = report_row(count, results)
-        row["seconds_per_edit"] = editing / sum(map(len, parts))
-        row["seconds_per_question"] = answering / number
-        rows.append(row | {"bytes_per_edit": method.bytes() / count})
+    parts, results, editing, answering, number = parts_of(stream, count), [], 0.0, 0.0, 0
+    pairs = zip(parts, before, strict=True)
+    for part, said in tqdm(pairs, f"{method.name}, {count} edits", len(parts)):
+        method.reset()
+        began = time.process_time()
+        method.edit([sample.edit for sample in part])
+        edited = time.process_time()
+        after = told(method, part)
+        editing += edited - began
+        answering += time.process_time() - edited
+        number += len(after)
+        for sample in part:
+            results += judge(sample, None, count, said, after)
+    row = report_row(count, results)
+    row["seconds_per_edit"] = editing / sum(map(len, parts))
+    row["seconds_per_question"] = answering / number
+    row["bytes_per_edit"] = method.bytes() / count
     method.reset()
-    return rows
+    return row
 
 
 def told(method: Unedited, stream: list[EditSample]) -> dict[Query, Answer]:
@@ -555,7 +551,7 @@ def tuned(kind, editor: LiveEdit, known: list, samples: list, before: dict) -> t
             method.known_answers, method.known_features = before, looks
         if isinstance(method, Codebook):
             method.known_values = values
-        row = stream_rows(method, samples, {len(samples): [before]})[0]
+        row = stream_row(method, samples, len(samples), [before])
         method.close()
         tried.append({"settings": settings, "quality": round(quality(row), 2)})
         print(kind.name, tried[-1], flush=True)
@@ -673,14 +669,14 @@ def main() -> None:
         for seed, stream in streams.items():
             rows = found["seeds"].setdefault(str(seed), [])
             there = {row["edits"] for row in rows}  # of an earlier run
-            missing = {n: said for n, said in before[seed].items() if n not in there}
             torch.manual_seed(seed)
             method = kind(editor, known, **found["settings"])
-            rows += stream_rows(method, stream, missing)
-            rows.sort(key=itemgetter("edits"))
+            for count in sorted(before[seed].keys() - there):
+                rows.append(stream_row(method, stream, count, before[seed][count]))
+                rows.sort(key=itemgetter("edits"))
+                results["methods"][kind.name] = found
+                given.out.write_text(json.dumps(results, indent=1))
             method.close()
-            results["methods"][kind.name] = found
-            given.out.write_text(json.dumps(results, indent=1))
         print(kind.name, found["settings"])
     print(report(results))
 
