@@ -471,7 +471,8 @@ class LiveEdit(nn.Module):
 
         experts = len(batch[0][0].hidden)  # E
         scores = text_similarity(features.text, text_keys[:experts])  # (3 B, E)
-        kept = self.router.hard_filter(similarity, features)[1][:, :experts]
+        # Eq. (5), the sentinel alone: experts learn not to harm what the filter may let by later.
+        kept = (similarity > self.router.thresholds(features)[:, None])[:, :experts]
         scores, kept = (x.unflatten(0, (3, count))[:, :experts] for x in (scores, kept))
         losses = self._editing_losses(batch[0], scores, kept)
         losses |= self.router.losses(features, similarity, keys, owner, in_scope, untouched)

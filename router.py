@@ -173,11 +173,18 @@ class Router(nn.Module):
         """Turn similarities into logits of the routing losses."""
         return similarity * self.log_scale.exp() if self.cosine else similarity
 
+    def thresholds(self, features: Features) -> Tensor:
+        """Give each query's threshold of Eq. (5), (B,), by the sentinel or the fixed one."""
+        threshold = self.sentinel_similarity(features)
+        return threshold if self.threshold is None else torch.full_like(threshold, self.threshold)
+
     def hard_filter(self, similarity: Tensor, features: Features) -> tuple[Tensor, Tensor]:
         """Return each query's threshold (B,) and which experts it keeps (B, N)."""
-        threshold = self.sentinel_similarity(features)
-        if self.threshold is not None:
-            threshold = torch.full_like(threshold, self.threshold)
+        threshold = self.thresholds(features)
+        if self.cosine and self.threshold is None:
+            # Differs from Eq. (5), which compares each expert with the sentinel alone.
+            scale = self.log_scale.exp()
+            threshold = raised_by_dropped(threshold * scale, similarity * scale) / scale
         # Eq. (5): keep expert e iff sim(phi_bar, phi_hat_e) > sim(phi_bar, phi_bar_Theta)
         return threshold, similarity > threshold[:, None]
 
@@ -191,7 +198,8 @@ class Router(nn.Module):
         """Decide for B queries and N experts, keys (N, K, M) in the order of editing.
 
         has_image (B,): a query without an image keeps nothing; None: all have one.
-        Beyond one product with all visual keys, the work depends on the kept experts only.
+        Beyond one product with all visual keys, and their order by it, the work depends on the kept
+        experts only.
         """
         similarity = self.visual_similarity(features.visual, visual_keys)
         threshold, kept = self.hard_filter(similarity, features)
@@ -246,6 +254,21 @@ def text_similarity(text: Tensor, keys: Tensor) -> Tensor:
     Dot products rescaled by sqrt(M), averaged over the K slots.
     """
     return text.flatten(1) @ keys.flatten(1).T / (keys.shape[1] * keys.shape[2] ** 0.5)
+
+
+def raised_by_dropped(sentinel: Tensor, similar: Tensor) -> Tensor:
+    """Raise the sentinel's logits (B,) by those of the experts, similar (B, N), that are dropped.
+
+    The least similar expert is dropped unless it is greater than the sentinel; the next one, unless
+    it is greater than the sentinel and the first together; and so on. Eq. (13) trains the filter to
+    tell an expert from the sentinel and all other experts together, so that among thousands of
+    edits none is kept only because one of so many comes near enough.
+    """
+    ascending = similar.sort(dim=1).values
+    # In column k the sentinel and the k least similar experts together.
+    together = torch.cat([sentinel[:, None], ascending], dim=1).logcumsumexp(dim=1)
+    dropped = (ascending <= together[:, :-1]).int().cumprod(dim=1).sum(dim=1, keepdim=True)
+    return together.gather(1, dropped).squeeze(1)
 
 
 def superseded(same_fact: Tensor) -> Tensor:

@@ -235,15 +235,21 @@ def test_attention_is_that_of_formed_keys_and_values(rows):
     assert_close(attention(queries, states, mask, places), naive.transpose(1, 2).flatten(2), 1e-5)
 
 
-def test_the_filter_keeps_what_lies_above_the_sentinel_and_shares_weights_among_it():
+def test_the_filter_keeps_what_beats_sentinel_and_dropped_and_shares_weights_among_it():
     router = Router(8, small_config(slots=2, newest_wins=False))
     features = router.features(Rows(torch.randn(4, 5, 8), None), Rows(torch.randn(4, 6, 8), None))
     keys, text_keys = F.normalize(torch.randn(50, 2, 8), dim=-1), torch.randn(50, 2, 8)
     routing = router.route(features, keys, text_keys)
     cosine = F.cosine_similarity(features.visual[:, None], keys[None], dim=-1).mean(-1)
     sentinel = F.cosine_similarity(features.asked, features.sentinel, dim=-1).mean(-1)
-    kept, scores = cosine > sentinel[:, None], text_similarity(features.text, text_keys)
-    assert kept.any() and not kept.all()
+    kept, scale = torch.zeros(4, 50, dtype=torch.bool), router.log_scale.exp()
+    for row in range(4):
+        together = (scale * sentinel[row]).exp()
+        for expert in cosine[row].argsort().tolist():
+            kept[row, expert] = (scale * cosine[row, expert]).exp() > together
+            together += 0.0 if kept[row, expert] else (scale * cosine[row, expert]).exp()
+    assert kept.any() and (kept != (cosine > sentinel[:, None])).any()  # Eq. (5) alone
+    scores = text_similarity(features.text, text_keys)
     weights, expected = torch.zeros(4, 50), torch.zeros(4, 50)
     weights[:, routing.experts] = routing.weights
     for row, own in enumerate(kept):
@@ -251,6 +257,22 @@ def test_the_filter_keeps_what_lies_above_the_sentinel_and_shares_weights_among_
     assert_close(weights, expected, 1e-6)
     router.threshold = 0.5
     assert (router.route(features, keys, keys).threshold == 0.5).all()
+
+
+def test_further_experts_keep_no_other_one_in_the_filter():
+    router, changed = Router(8, small_config(slots=2)), 0
+    features = router.features(Rows(torch.randn(9, 5, 8), None), Rows(torch.randn(9, 6, 8), None))
+    keys = F.normalize(torch.randn(60, 2, 8), dim=-1)
+    similarity = router.visual_similarity(features.visual, keys)
+    lowest, before = router.hard_filter(similarity[:, :1], features)
+    for count in range(2, 61):
+        threshold, kept = router.hard_filter(similarity[:, :count], features)
+        assert (threshold >= lowest).all() and not (kept[:, :-1] & ~before).any()
+        changed += (kept[:, :-1] != before).sum().item()
+        lowest, before = threshold, kept
+    assert changed
+    nothing = router.hard_filter(similarity[:, :0], features)[0]
+    assert_close(nothing, router.sentinel_similarity(features), 1e-6)
 
 
 def test_of_one_fact_the_newest_counts_and_the_rest_is_weighed_if_relevant():

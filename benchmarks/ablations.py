@@ -28,6 +28,7 @@ from benchmarks.common import (
     open_results,
     options_of,
     read_stream,
+    sentinel_alone,
     table,
     trained_editor,
 )
@@ -129,6 +130,7 @@ BLEND = {"newest_wins": False}
 NO_FILTER = BLEND | {"threshold": -1.0}
 ABLATIONS = {
     "LiveEdit": ({}, None),
+    "sentinel alone (the paper)": ({}, sentinel_alone),
     "newest does not win (the paper)": (BLEND, None),
     "fixed threshold 0.3": (BLEND | {"threshold": 0.3}, None),
     "fixed threshold 0.4": (BLEND | {"threshold": 0.4}, None),

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import EditSample, benchmark_files, read_records
 from drawn import drawn_stream
 from liveedit import LiveEdit
+from router import Features
 from run import ask_all, judge, question
 
 COLUMNS = {
@@ -43,6 +45,17 @@ def trained_editor(model, processor, folder: Path, **changes) -> LiveEdit:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     editor.reset()
     return editor
+
+
+def sentinel_alone(editor: LiveEdit) -> None:
+    """Let the filter compare each expert with the sentinel alone, as the paper does (Eq. 5)."""
+    router = editor.router
+
+    def hard_filter(similarity: Tensor, features: Features) -> tuple[Tensor, Tensor]:
+        threshold = router.thresholds(features)
+        return threshold, similarity > threshold[:, None]
+
+    router.hard_filter = hard_filter
 
 
 def read_stream(benchmark: str | None, edits: int, seed: int) -> list[EditSample]:

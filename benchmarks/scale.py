@@ -22,6 +22,7 @@ from benchmarks.common import (
     open_results,
     options_of,
     percent,
+    sentinel_alone,
     table,
     trained_editor,
 )
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--edits", type=int, nargs="+", default=[200, 1000, 2500, 5000])
     parser.add_argument("--asked", type=int, default=200, help="edits that are asked about")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sentinel-alone", action="store_true", help="filter as in the paper")
     given = parser.parse_args()
     if given.table:
         print(markdown(json.loads(given.table.read_text())))
@@ -72,7 +74,9 @@ def main() -> None:
     if given.asked > min(given.edits):
         sys.exit(f"scale.py: --asked {given.asked} is more than the first of --edits has")
     editor = trained_editor(*load_model(given.model, "cpu", "auto"), given.editor)
-    settings = {name: getattr(given, name) for name in ("model", "asked", "seed")}
+    if given.sentinel_alone:
+        sentinel_alone(editor)
+    settings = {name: getattr(given, name) for name in ("model", "asked", "seed", "sentinel_alone")}
     results = open_results(given.out, settings) | {"rows": []}
     stream = wide_stream(max(given.edits), given.seed)
     asked, batch_size = stream[: given.asked], max(4, 2**14 // editor.norm.weight.numel())
