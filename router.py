@@ -198,8 +198,8 @@ class Router(nn.Module):
         """Decide for B queries and N experts, keys (N, K, M) in the order of editing.
 
         has_image (B,): a query without an image keeps nothing; None: all have one.
-        Beyond one product with all visual keys, and their order by it, the work depends on the kept
-        experts only.
+        Beyond one product with all visual keys, and one sum over them, the work depends only on the
+        experts above the sentinel.
         """
         similarity = self.visual_similarity(features.visual, visual_keys)
         threshold, kept = self.hard_filter(similarity, features)
@@ -264,9 +264,13 @@ def raised_by_dropped(sentinel: Tensor, similar: Tensor) -> Tensor:
     tell an expert from the sentinel and all other experts together, so that among thousands of
     edits none is kept only because one of so many comes near enough.
     """
-    ascending = similar.sort(dim=1).values
-    # In column k the sentinel and the k least similar experts together.
-    together = torch.cat([sentinel[:, None], ascending], dim=1).logcumsumexp(dim=1)
+    above = similar > sentinel[:, None]
+    below = similar.masked_fill(above, -torch.inf)  # these are dropped, in whatever order
+    together = torch.cat([sentinel[:, None], below], dim=1).logsumexp(dim=1)
+    near = above.any(0)  # few: only these need an order
+    ascending = similar[:, near].masked_fill(~above[:, near], -torch.inf).sort(dim=1).values
+    # In column k the k least similar of them, and all others.
+    together = torch.cat([together[:, None], ascending], dim=1).logcumsumexp(dim=1)
     dropped = (ascending <= together[:, :-1]).int().cumprod(dim=1).sum(dim=1, keepdim=True)
     return together.gather(1, dropped).squeeze(1)
 
