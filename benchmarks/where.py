@@ -156,7 +156,7 @@ def measure(editor: LiveEdit, stream: list[EditSample]) -> dict:
         threshold = other_near[name].amax(1).quantile(untouched).item()
         row = shares((own.diagonal() > threshold).tolist(), kinds)
         results["equal locality"][f"{name} ({threshold:.2f})"] = row
-    results["equal locality"]["filter, its sentinel"] = results["stages"]["kept by the filter"]
+    results["equal locality"]["filter, as it is"] = results["stages"]["kept by the filter"]
     return results
 
 
