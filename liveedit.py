@@ -67,7 +67,7 @@ class LiveEditConfig:
     heads: int = 8  # attention heads of generator and extractors
     sentinel_tokens: int = 576  # rows of the vision sentinel: about the image tokens of one picture
     similarity: str = "cosine"  # of the visual hard filter: "cosine", or "dot" (official code)
-    threshold: float | None = None  # of the filter; None: the learned sentinel's similarity
+    threshold: float | None = None  # of the filter; None: by the learned sentinel
     newest_wins: bool = True  # of one fact; False: the paper's plain soft router, edits blend
     gain: float = 0.2  # experts are scaled by gain / sqrt(rank)
     prompt_style: str = "chat"  # of encode(): the processor's template, or "official": none

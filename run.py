@@ -84,7 +84,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--layer", type=int, help="edit layer, from 0 (default by the model's size)")
     add("--rank", type=positive, help="rank of an expert (default 4; small models 12)")
     add("--similarity", choices=("cosine", "dot"), help="of the visual filter (default cosine)")
-    add("--threshold", type=float, help="of the visual filter (default the learned sentinel's)")
+    add("--threshold", type=float, help="of the visual filter (default: by the learned sentinel)")
     add("--blend", action="store_true", help="the paper's plain soft router: newest does not win")
     add("--recipe", choices=("paper", "short"), help="of training (default by the model's size)")
     add("--train-steps", type=positive, help="this and the next four: default by the recipe")
