@@ -183,8 +183,8 @@ class Router(nn.Module):
         threshold = self.thresholds(features)
         if self.cosine and self.threshold is None:
             # Differs from Eq. (5), which compares each expert with the sentinel alone.
-            scale = self.log_scale.exp()
-            threshold = raised_by_dropped(threshold * scale, similarity * scale) / scale
+            logits = self.visual_logits(threshold), self.visual_logits(similarity)
+            threshold = raised_by_dropped(*logits) / self.log_scale.exp()
         # Eq. (5): keep expert e iff sim(phi_bar, phi_hat_e) > sim(phi_bar, phi_bar_Theta)
         return threshold, similarity > threshold[:, None]
 
