@@ -188,7 +188,7 @@ def training_defaults(width: int, recipe: str | None = None) -> dict:
         return dict(PAPER)
     # The wider the model, the fewer experts, and samples in proportion: steps take about as long.
     most, least = SHORT["expert_batch_size"], PAPER["expert_batch_size"]
-    experts = max(least, min(most, 2**13 // width))
+    experts = max(least, min(most, 2**14 // width))
     samples = SHORT["train_samples"] * experts // most
     return SHORT | {"expert_batch_size": experts, "train_samples": samples}
 
