@@ -307,6 +307,9 @@ class FrozenModel:
         """Compare the layers above, called one by one, with what the model makes of the inputs."""
         answers, logits = states.masks.answer[:, 1:], self._logits(inputs)[:, :-1]
         own = logits[answers.to(logits.device)].to(states.hidden.device)
+        if not own.isfinite().all():
+            name, remedy = type(self.model).__name__, "load it in bfloat16 or float32"
+            raise RuntimeError(f"{name} gives logits that are not finite: {remedy}")
         tolerance = 1e-4 if own.dtype == torch.float32 else 1e-2
         with plain_mode(states.hidden.device):
             apart = (self.upper(states.hidden, states) - own).norm(dim=-1)

@@ -67,7 +67,7 @@ class LiveEditConfig:
     heads: int = 8  # attention heads of generator and extractors
     sentinel_tokens: int = 576  # rows of the vision sentinel: about the image tokens of one picture
     similarity: str = "cosine"  # of the visual hard filter: "cosine", or "dot" (official code)
-    threshold: float | None = None  # of the filter; None: by the learned sentinel
+    threshold: float | None = None  # of the filter; None: by sentinel, with what is dropped
     newest_wins: bool = True  # of one fact; False: the paper's plain soft router, edits blend
     gain: float = 0.2  # experts are scaled by gain / sqrt(rank)
     prompt_style: str = "chat"  # of encode(): the processor's template, or "official": none
@@ -104,7 +104,8 @@ class Route(NamedTuple):
 class LiveEdit(nn.Module):
     """Edits a frozen vision-language model; its own weights are never touched.
 
-    `detach` removes every trace. Several threads may ask, edit and forget at once.
+    `detach` removes every trace. Several threads may ask, edit and forget at once, where the model
+    itself may be called so: Qwen-VL keeps the positions of its last prompt.
     """
 
     def __init__(
@@ -173,6 +174,8 @@ class LiveEdit(nn.Module):
         """
         questions = self._checked_edits(questions)
         states = self.capture_inputs(inputs, above=False)
+        if len(states.hidden) != len(questions):
+            raise ValueError(f"{len(states.hidden)} rows of inputs for {len(questions)} questions")
         return self._add_edits(questions, [self._experts_and_keys(states)])
 
     def _checked_edits(self, questions: Sequence) -> list[Question]:
@@ -265,7 +268,9 @@ class LiveEdit(nn.Module):
 
     def _route_of_cache(self, cache, call: dict | None, hidden: Tensor) -> Route | None:
         """Take up the route of the prompt that filled this KV cache."""
-        route = getattr(cache, "liveedit_route", None)
+        # A cache that was filled anew while disabled still has the route of its use before.
+        stale = getattr(cache, "liveedit_disabled", False)
+        route = None if stale else getattr(cache, "liveedit_route", None)
         if not len(self.experts) and (route is None or route.routing is None):
             return None
         if route is None:
@@ -446,8 +451,10 @@ class LiveEdit(nn.Module):
         count, device = len(prompt.states) // 3, prompt.states.device
         if count < 2 or any(len(states.hidden) != len(t[0].hidden) for t in batch for states in t):
             raise ValueError("a batch needs two edits or more, with as many queries in each role")
-        if not image.mask.any(1).all():
-            raise ValueError("a row without an image is never edited; leave it out of the batch")
+        if not all(mask.any(1).all() for states in by_role for mask in states.masks):
+            raise ValueError("each row needs an image, a prompt, and labels of an answer behind it")
+        if text_locality is not None and len(text_locality.states) != count:
+            raise ValueError(f"text_locality needs one row for each of {count} edits")
         owner = torch.arange(count, device=device).repeat(3)
         in_scope = torch.arange(3 * count, device=device) < 2 * count
 

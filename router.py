@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from generator import CrossAttention
 
 nce = F.cross_entropy  # Eq. (12): nce(a, b+, {b_j}) = -log( exp(a.b+) / sum_j exp(a.b_j) )
-# By how much, in logits of the routing losses, the filter must keep experts that count as edits of
-# one fact. Chosen on scenes of the editor's training.
+# By how much, in logits of the routing losses, experts must be above the filter's threshold to be
+# edits of one fact: the nearer, the more crowded it is. Chosen on scenes of the editor's training.
 SAME_FACT_MARGIN = 1.0
 LEAST_WEIGHT = 0.1  # sigmoid of an expert's text score, below which it is not used
 
 
 class Rows(NamedTuple):
-    """Hidden states of each query, and which of them are meant; None: all."""
+    """Hidden states of each query, and which of them are meant; None: all, to attend to only."""
 
     states: Tensor  # (B, T, D)
     mask: Tensor | None  # (B, T)
@@ -198,8 +198,8 @@ class Router(nn.Module):
         """Decide for B queries and N experts, keys (N, K, M) in the order of editing.
 
         has_image (B,): a query without an image keeps nothing; None: all have one.
-        Beyond one product with all visual keys, and one sum over them, the work depends only on the
-        experts above the sentinel.
+        Beyond one product with all visual keys, and a few passes over the similarities, the work
+        depends only on the experts that are above the sentinel of any query.
         """
         similarity = self.visual_similarity(features.visual, visual_keys)
         threshold, kept = self.hard_filter(similarity, features)

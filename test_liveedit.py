@@ -604,6 +604,11 @@ def test_what_cannot_be_routed_is_refused_only_where_there_are_edits(editor, inp
     assert not begun.logits.requires_grad
     with editor.disabled(), pytest.raises(RuntimeError, match="filled with edits"):
         model(past_key_values=begun.past_key_values, input_ids=token)
+    begun.past_key_values.reset()
+    with editor.disabled():
+        again = model(**inputs, past_key_values=begun.past_key_values).past_key_values
+    with pytest.raises(RuntimeError, match="filled without"):
+        model(past_key_values=again, input_ids=token)
 
 
 def test_hidden_states_are_told_as_later_layers_get_them(base, inputs):
@@ -1130,16 +1135,23 @@ def test_training_mixes_the_experts_that_the_filter_keeps_and_in_scope_the_own(e
 
 def test_what_cannot_be_trained_is_refused(editor):
     one, two = editor.capture(questions(1)), editor.capture(questions(2))
-    text = editor.capture([(None, TEXT, "7")] * 2)
+    text, without, nowhere = editor.capture([(None, TEXT, "7")] * 2), {}, two.masks.image & False
+    for name in ("prompt", "answer"):
+        without[name] = two._replace(masks=two.masks._replace(**{name: nowhere}))
     refused = [
         ("two edits", (one, one, one)),
         ("as many", (two, two, one)),
-        ("without an image", (two, two, text)),
+        ("needs an image", (two, two, text)),
+        ("labels of an answer", (two, two, without["prompt"])),
+        ("labels of an answer", (without["answer"], two, two)),
         ("above=False", (editor.capture(questions(2), above=False),) * 3),
     ]
     for message, triple in refused:
         with pytest.raises(ValueError, match=message):
             editor.training_losses([triple])
+    rows = Rows.gather(text.hidden, text.masks.prompt)
+    with pytest.raises(ValueError, match="each of 2 edits"):
+        editor.training_losses([(two, two, two)], Rows.cat([rows, rows]))
     editor.edit_many(questions(1))
     with pytest.raises(RuntimeError, match="reset"):
         editor.training_losses([(two, two, two)])
@@ -1477,6 +1489,9 @@ def test_a_family_whose_training_would_see_another_model_is_refused(tmp_path):
     editor.capture_inputs(inputs | {"labels": inputs["labels"] * 0 - 100})  # has no answers
     with pytest.raises(RuntimeError, match="edit layer 0: Qwen3VL.* does more above it"):
         editor.capture_inputs(prepared("qwen3_vl", 2))
+    editor.frozen.norm.weight[0] = torch.inf
+    with pytest.raises(RuntimeError, match="not finite: load it in bfloat16"):
+        editor.capture_inputs(prepared("qwen3_vl", 2))
 
 
 def test_an_edit_between_two_tokens_leaves_positions_alone(tmp_path):
@@ -1644,8 +1659,8 @@ HOSTILE = [
     ("load nothing", FOLDER, lambda h, v: LiveEdit.from_pretrained(h.model, None, v), "no saved"),
     ("damages", DAMAGES, load_changed, "does not load"),
     ("no labels", NO_LABELS, ask_changed, "labels"),
-    ("no edit", ({},), lambda h, v: h.edit_inputs(h.encode(picture(), "W?", "a"), v), "of 0"),
-    ("one row", ONE_ROW, ask_changed, "of 2 experts must be"),
+    ("no edit", ({},), lambda h, v: h.edit_inputs(h.encode(picture(), "W?", "a"), v), "for 0 q"),
+    ("one row", ONE_ROW, ask_changed, "1 rows of inputs for 2"),
     ("NaN pixels", NAN_PIXELS, ask_changed, "not finite"),
 ]
 for key, (values, named) in CONFIGS.items():
