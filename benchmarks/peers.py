@@ -582,11 +582,15 @@ def spread(values: list[float]) -> str:
 
 
 def markdown(results: dict, way: str) -> str:
-    """Print all methods at the longest stream, one row each."""
-    rows = {}
+    """Print all methods at their longest stream, one row each."""
+    rows, last = {}, {}
     for name, method in results["methods"].items():
-        last = [rows[-1][way] for rows in method["seeds"].values()]
-        rows[name] = {column: spread([row[column] for row in last]) for column in COLUMNS}
+        last[name] = [rows[-1] for rows in method["seeds"].values()]
+    most = max(row["edits"] for found in last.values() for row in found)
+    for name, found in last.items():
+        edits = found[0]["edits"]
+        label = name if edits == most else f"{name}, {edits} edits"
+        rows[label] = {key: spread([row[way][key] for row in found]) for key in COLUMNS}
     return table(way.replace("_", "-"), COLUMNS, rows)
 
 
