@@ -1,7 +1,7 @@
 """Take parts of the method away from a trained editor, and ask one stream again and again.
 
     python run.py                         first: the editor in output/
-    python benchmarks/ablations.py --edits 250        twelve minutes on one thread
+    python benchmarks/ablations.py --edits 250        a quarter of an hour on one thread
     python benchmarks/ablations.py --table FILE
 
 The editor is not trained anew (see variants.py): what does each part do for the one there is? In
