@@ -33,6 +33,11 @@ def mean(row: dict, names: tuple[str, ...]) -> float:
     return statistics.mean(row["free_running"][name] for name in names)
 
 
+def edits_of(method: dict) -> list[int]:
+    """List after how many edits a method was asked."""
+    return [row["edits"] for row in next(iter(method["seeds"].values()))]
+
+
 def mean_of_seeds(method: dict, row: int, names: tuple[str, ...]) -> float:
     """Average over the seeds too."""
     return statistics.mean(mean(rows[row], names) for rows in method["seeds"].values())
@@ -52,13 +57,14 @@ def retention(methods: dict, file: Path) -> None:
     """Draw what is left of edits, and of the rest, as edits become more."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     titles = ("edited: mean of Rel, T-Gen, M-Gen", "not edited: mean of M-Loc, Same img, Similar")
+    asked = {name: edits_of(method) for name, method in methods.items()}
+    ticks = sorted({count for counts in asked.values() for count in counts})
     for panel, names, title in zip(panels, (EDITED, UNTOUCHED), titles, strict=True):
         for number, (name, method) in enumerate(methods.items()):
-            counts = [row["edits"] for row in next(iter(method["seeds"].values()))]
-            values = [mean_of_seeds(method, row, names) for row in range(len(counts))]
-            panel.plot(counts, values, **style(name, number))
+            values = [mean_of_seeds(method, row, names) for row in range(len(asked[name]))]
+            panel.plot(asked[name], values, **style(name, number))
         panel.set(xscale="log", xlabel="edits in the model", title=title, ylim=(-3, 103))
-        panel.set_xticks(counts, [str(count) for count in counts])
+        panel.set_xticks(ticks, [str(count) for count in ticks])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("right or unchanged, %")
@@ -68,12 +74,14 @@ def retention(methods: dict, file: Path) -> None:
 
 
 def tradeoff(methods: dict, file: Path) -> None:
-    """Draw generality against hard locality after the whole stream."""
+    """Draw generality against hard locality after the longest stream of each method."""
     figure, panel = plt.subplots(figsize=(6, 5))
+    most = max(edits_of(method)[-1] for method in methods.values())
     for number, (name, method) in enumerate(methods.items()):
-        look = style(name, number)
+        look, edits = style(name, number), edits_of(method)[-1]
+        label = name if edits == most else f"{name}, {edits} edits"
         x, y = (mean_of_seeds(method, -1, names) for names in (HARD_LOCALITY, GENERALITY))
-        panel.scatter(x, y, s=70, color=look["color"], marker=look["marker"], label=name)
+        panel.scatter(x, y, s=70, color=look["color"], marker=look["marker"], label=label)
     panel.set(xlabel="hard locality: mean of Same img and Similar, %", xlim=(-3, 103))
     panel.set(ylabel="generality: mean of T-Gen and M-Gen, %", ylim=(-3, 103))
     panel.grid(alpha=0.3)
